@@ -1,0 +1,180 @@
+"""Where a run writes: its folder, and one writer for TensorBoard and ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from experiments.config import ConfigError, OutputConfig
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``runs/<name>/`` and what lies in it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def last(self) -> Path:
+        """Resume bundle of the last step that was saved."""
+        return self.checkpoints / "last.resume"
+
+    @property
+    def best(self) -> Path:
+        """Sparse checkpoint of the best evaluation."""
+        return self.checkpoints / "best.safetensors"
+
+    @property
+    def sparse(self) -> Path:
+        """Sparse checkpoint of the finished run."""
+        return self.path / "sparse.safetensors"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+
+def create_run_folder(output: OutputConfig, recipe: str, now: time.struct_time) -> RunFolder:
+    """A new folder, called ``<recipe>-YYYYmmdd-HHMMSS`` where it has no name (and ``-2``, ``-3``, ... if taken).
+
+    Raises:
+        ConfigError: the folder exists, or cannot be made.
+    """
+    name = output.name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S', now)}"
+    for attempt in range(1, 1000):
+        path = Path(output.runs) / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError as error:
+            if output.name is None and path.is_dir():
+                continue
+            raise ConfigError(
+                f"output.name: {path} exists; choose another name, or go on with it: --resume {path}"
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"output.runs: cannot make {path}: {error.strerror or error}") from error
+        folder = RunFolder(path)
+        folder.checkpoints.mkdir()
+        return folder
+    raise ConfigError(f"output.runs: {output.runs} has too many runs called {name}; set output.name")
+
+
+def find_run(where: str, output: OutputConfig, recipe: str) -> RunFolder | None:
+    """The run that ``--resume`` means.
+
+    Args:
+        where: a run folder, its ``last.resume``, or "auto": the run called ``output.name``, else the newest one
+            of this recipe that has a checkpoint.
+
+    Returns:
+        None if it is "auto" and there is none.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
+    if where != "auto":
+        path = Path(where)
+        folder = RunFolder(path.parent.parent if path.is_file() else path)
+        if not folder.last.is_file() or (path.is_file() and path.resolve() != folder.last.resolve()):
+            raise ConfigError(
+                f"--resume: {where} is no run with a checkpoint; give a run folder (with checkpoints/last.resume) or auto"
+            )
+        return folder
+    if output.name is not None:
+        folder = RunFolder(Path(output.runs) / output.name)
+        return folder if folder.last.is_file() else None
+    found = [RunFolder(path.parent.parent) for path in Path(output.runs).glob(f"{recipe}-*/checkpoints/last.resume")]
+    return max(found, key=lambda folder: folder.last.stat().st_mtime, default=None)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class MetricsWriter:
+    """Writes every number twice: as a TensorBoard scalar and as a line of ``metrics.jsonl``.
+
+    Numbers of one step make one line, ``{"step": 50, "train/loss": 1.9, ...}``. Everything else (images,
+    histograms) goes to TensorBoard alone. It has the interface of a ``SummaryWriter`` as far as that is used.
+
+    Args:
+        folder: the run.
+        step: where the run goes on; what TensorBoard knows of later steps is hidden.
+        size: bytes of ``metrics.jsonl`` that are kept; later lines belong to steps that are run again.
+    """
+
+    def __init__(self, folder: RunFolder, *, step: int = 0, size: int = 0) -> None:
+        self.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
+        self._file = open(folder.metrics, "a+b")  # noqa: SIM115
+        self._file.truncate(size)
+        self._file.seek(0, os.SEEK_END)
+        self._step = step
+        self._line: dict[str, float] = {}
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """One number. NaN and infinity, which JSON cannot hold, are null in ``metrics.jsonl``."""
+        if step != self._step:
+            self._end_line()
+            self._step = step
+        number = float(value)
+        self.tensorboard.add_scalar(tag, number, step)
+        self._line[tag] = number
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self.add_scalar(tag, value, step)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["tensorboard"], name)
+
+    def add_hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """The run's settings beside its final metrics, in TensorBoard's HPARAMS page."""
+        plain = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings.items()}
+        for summary in hparams(plain, dict(metrics)):
+            self.tensorboard._get_file_writer().add_summary(summary)
+
+    def flush(self) -> int:
+        """Bring everything to the disk; returns the bytes of ``metrics.jsonl``."""
+        self._end_line()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.tensorboard.flush()
+        return self._file.tell()
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+        self.tensorboard.close()
+
+    def _end_line(self) -> None:
+        if self._line:
+            values = {tag: value if math.isfinite(value) else None for tag, value in self._line.items()}
+            self._file.write(json.dumps({"step": self._step, **values}).encode() + b"\n")
+            self._line = {}

@@ -1,0 +1,178 @@
+"""The tokens of many images as one sheet ``[S, C]``, every image with its own number of tokens.
+
+Layers that treat each token alone (Linear, LayerNorm, MLP) run on the sheet as it is. Attention needs to know
+where an image begins and ends: that is the :class:`Layout`. Nothing is padded on the CPU, and on a GPU only
+where it has no kernel for sequences of unequal length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of B images lie in a sheet of S tokens.
+
+    Images lie in ascending order of length, so that those of equal length are neighbours and share one call
+    of attention without a copy.
+    """
+
+    lengths: tuple[int, ...]  #: tokens per image, in the order of the sheet, on the host
+    order: Tensor  #: ``[B]``: number in the batch of each image of the sheet
+    image: Tensor  #: ``[S]``: the token's image, as counted in the sheet
+    position: Tensor  #: ``[S]``: the token's place within its image's tokens
+    source: Tensor  #: ``[S]``: the token's place within its image before any token was dropped
+    starts: Tensor  #: ``[B + 1]``, int32: first token of each image, and S
+
+    @property
+    def images(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def groups(self) -> list[tuple[int, int, int]]:
+        """Runs of images of equal length: (first token, images, tokens per image)."""
+        runs = [(length, len(list(run))) for length, run in groupby(self.lengths)]
+        firsts = accumulate((length * images for length, images in runs), initial=0)
+        return [(first, images, length) for first, (length, images) in zip(firsts, runs, strict=False)]
+
+
+def uniform_layout(images: int, tokens: int, device: torch.device) -> Layout:
+    """The layout of ``x.flatten(0, 1)`` for ``x`` of shape ``[images, tokens, C]``."""
+    every = torch.arange(images * tokens, device=device)
+    return Layout(
+        lengths=(tokens,) * images,
+        order=torch.arange(images, device=device),
+        image=every // tokens,
+        position=every % tokens,
+        source=every % tokens,
+        starts=torch.arange(0, images * tokens + 1, tokens, device=device, dtype=torch.int32),
+    )
+
+
+def pad(values: Tensor, layout: Layout, fill: float) -> Tensor:
+    """Values of the tokens ``[S, ...]`` as one row per image ``[B, longest, ...]``, the rest ``fill``."""
+    shape = (layout.images, max(layout.lengths), *values.shape[1:])
+    return values.new_full(shape, fill).index_put((layout.image, layout.position), values)
+
+
+def unpad(rows: Tensor, layout: Layout) -> Tensor:
+    """Inverse of :func:`pad`: ``[B, longest, ...]`` to ``[S, ...]``."""
+    return rows[layout.image, layout.position]
+
+
+def shrink(layout: Layout, keep: Tensor) -> tuple[Tensor, Layout]:
+    """Drop tokens.
+
+    The lengths of the new layout come to the host: the one synchronisation of a stage.
+
+    Args:
+        keep: bool ``[B, longest]``, rows and places as :func:`pad` gives them, False beyond an image's end.
+
+    Returns:
+        the index ``[S']`` that turns the old sheet into the new one, ``sheet[index]``, and the new layout.
+    """
+    device = keep.device
+    counts, order = keep.sum(dim=1).sort(stable=True)
+    lengths = tuple(counts.tolist())
+    total = sum(lengths)
+    starts = F.pad(counts.cumsum(0), (1, 0))
+    first_of = torch.empty_like(order).scatter(0, order, starts[:-1])
+    place = unpad(keep.cumsum(dim=1) - 1 + first_of[:, None], layout)
+    # Dropped tokens all land on one more place behind the sheet, which is cut off.
+    place = torch.where(unpad(keep, layout), place, total)
+    every = torch.arange(place.shape[0], device=device)
+    index = every.new_empty(total + 1).scatter(0, place, every)[:total]
+    image = torch.arange(len(lengths), device=device).repeat_interleave(counts, output_size=total)
+    return index, Layout(
+        lengths=lengths,
+        order=layout.order[order],
+        image=image,
+        position=torch.arange(total, device=device) - starts[image],
+        source=layout.source[index],
+        starts=starts.to(torch.int32),
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """Attention within each image of a sheet.
+
+    Args:
+        query, key, value: ``[S, H, dh]``.
+
+    Returns:
+        ``[S, H, dh]``.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of q and k under autocast gives float32
+    if not value.is_cuda or len(set(layout.lengths)) == 1:
+        return attend_by_length(query, key, value, layout)
+    if has_varlen_kernel(value):
+        return attend_varlen(query, key, value, layout)
+    return attend_padded(query, key, value, layout)
+
+
+def attend_by_length(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """One call for each length that occurs; no padding and no copy of the inputs."""
+    heads, width = value.shape[1:]
+    outputs = []
+    for first, images, length in layout.groups:
+        q, k, v = (
+            x[first : first + images * length].view(images, length, heads, width).transpose(1, 2)
+            for x in (query, key, value)
+        )
+        outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, heads, width))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def has_varlen_kernel(value: Tensor) -> bool:
+    """Whether attention over sequences of unequal length runs in one kernel for this ``[S, H, dh]``."""
+    return (
+        varlen_attn is not None
+        and value.is_cuda
+        and value.dtype in (torch.float16, torch.bfloat16)
+        and value.shape[-1] % 8 == 0
+        and value.shape[-1] <= 256
+        and torch.cuda.get_device_capability(value.device) >= (8, 0)
+    )
+
+
+def attend_varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """One kernel over all images (FlashAttention's interface for unequal lengths)."""
+    longest = max(layout.lengths)
+    output = varlen_attn(query, key, value, layout.starts, layout.starts, longest, longest)
+    assert isinstance(output, Tensor)
+    return output
+
+
+def attend_padded(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+    """All images padded to the longest, the padding masked as keys."""
+    q, k, v = (pad(x, layout, 0.0).transpose(1, 2) for x in (query, key, value))
+    lengths = layout.starts.diff()
+    real = torch.arange(max(layout.lengths), device=value.device) < lengths[:, None]
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None, :])
+    return unpad(output.transpose(1, 2), layout)
+
+
+def class_attention_packed(query: Tensor, key: Tensor, layout: Layout) -> Tensor:
+    """What the first token of each image, the class token, pays to each token of its image.
+
+    Args:
+        query, key: ``[S, H, dh]``.
+
+    Returns:
+        attention after softmax ``[S, H]``, in at least float32.
+    """
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    classes = query[layout.starts[:-1].long()].to(dtype) * query.shape[-1] ** -0.5
+    logits = (key.to(dtype) * classes[layout.image]).sum(dim=-1)
+    return unpad(pad(logits, layout, -torch.inf).softmax(dim=1), layout)

@@ -1,0 +1,371 @@
+"""A timm VisionTransformer that may hold a token selector.
+
+Without one, :func:`create_model` returns timm's own model. With one, the model is a subclass of timm's class:
+the same parameters under the same names, and ``selector.*`` beside them.
+
+The number of heads and neurons is read from a block whenever it runs, so blocks may be compact.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import timm
+import torch
+from timm.layers import Attention
+from timm.models import get_pretrained_cfg
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from models.packing import Layout, attend, class_attention_packed, pad, shrink, uniform_layout
+from models.token_selector import (
+    Selection,
+    SelectorConfig,
+    ThresholdSelector,
+    TopKSelector,
+    class_attention,
+    gather_tokens,
+    head_weighted_scores,
+    masked_attention_weights,
+)
+
+#: Names of this project: timm's name and the arguments that make it what it is.
+ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "deit_quickstart": (
+        "deit_tiny_patch16_224",
+        {
+            "img_size": 28,
+            "patch_size": 4,
+            "in_chans": 1,
+            "embed_dim": 96,
+            "depth": 6,
+            "num_heads": 3,
+            "num_classes": 10,
+        },
+    ),
+}
+
+#: Query, key and value ``[..., H, dh]`` to the mixed values ``[..., H, dh]`` and scores (None: not asked).
+Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+
+
+def run_block(block: Block, x: Tensor, attend_to: Attend) -> tuple[Tensor, Tensor | None]:
+    """timm's ``Block.forward`` with another attention, over tokens ``[B, N, C]`` or a sheet ``[S, C]``."""
+    attn = cast(Attention, block.attn)
+    normed = block.norm1(x)
+    qkv = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+    query, key, value = qkv.unbind(-3)
+    context, scores = attend_to(attn.q_norm(query), attn.k_norm(key), value)
+    context = attn.norm(context.flatten(-2))
+    gate = getattr(attn, "gate", None)  # of later timm releases
+    if gate is not None:
+        context = context * gate(normed).sigmoid()
+    x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(context))))
+    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), scores
+
+
+def attend_scored(attn: Attention, query: Tensor, key: Tensor, value: Tensor, *, prefix: int) -> tuple[Tensor, Tensor]:
+    """Fused attention over ``[B, N, H, dh]``, and the scores ``[B, N - prefix]`` of the patches beside it."""
+    query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of q and k under autocast gives float32
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
+    class_row = class_attention(query[:, 0], k, query.shape[-1] ** -0.5).transpose(1, 2)
+    return context, head_weighted_scores(class_row[:, prefix:], context[:, prefix:], query.shape[1])
+
+
+def attend_masked(
+    attn: Attention, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor, prefix: int, scored: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention over ``[B, N, H, dh]`` under the patch mask ``[B, N - prefix]``; holds the whole matrix."""
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    logits = q @ k.transpose(-2, -1) * query.shape[-1] ** -0.5
+    weights = masked_attention_weights(logits, F.pad(mask, (prefix, 0), value=1.0))
+    context = (attn.attn_drop(weights).to(value.dtype) @ v).transpose(1, 2)
+    if not scored:
+        return context, None
+    class_row = weights[:, :, 0].transpose(1, 2)
+    return context, head_weighted_scores(class_row[:, prefix:], context[:, prefix:], query.shape[1])
+
+
+def attend_packed(
+    query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, tokens: int, scored: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention within each image of a sheet ``[S, H, dh]``, and scores ``[S]`` (meant for patches only)."""
+    context = attend(query, key, value, layout)
+    if not scored:
+        return context, None
+    return context, head_weighted_scores(class_attention_packed(query, key, layout), context, tokens)
+
+
+class _SelectsTokens(VisionTransformer):
+    """What a VisionTransformer needs to hold a selector. Comes before timm's class in the bases."""
+
+    selector: TopKSelector | ThresholdSelector
+
+    def set_progress(self, fraction: float) -> None:
+        """Say how far training has come, 0 to 1: the temperature of a top-k selector follows it.
+
+        Raises:
+            ValueError: the fraction lies outside 0 to 1.
+        """
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"progress is {fraction}; give the share of training that is done, 0 to 1")
+        self.selector.set_progress(fraction)
+
+    def no_sparsity(self) -> set[str]:
+        """Prefixes of parameters that are never pruned."""
+        return {"selector"}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that should not decay: timm's, and the thresholds."""
+        return {*super().no_weight_decay(), "selector.thresholds"}
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, return_selection: bool = False
+    ) -> Tensor | tuple[Tensor, Selection]:
+        """Logits of images ``[B, in_chans, H, W]``; with ``return_selection`` also what was kept.
+
+        In evaluation a threshold selector removes tokens image by image: the logits of an image do not
+        depend on its batch, and its dropped patches cost nothing.
+        """
+        tokens, selection = self._select_and_run(x)
+        logits = self.forward_head(self.norm(tokens))
+        return (logits, selection) if return_selection else logits
+
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalised tokens as the head reads them.
+
+        Top-k: prefix tokens and kept patches ``[B, P + K, C]``. Threshold: the prefix tokens ``[B, P, C]``,
+        because every image keeps another number of patches.
+        """
+        return self.norm(self._select_and_run(x)[0])
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Not offered: timm's walk over the blocks would skip the selector.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("forward_intermediates would run without the selector; create the model without one")
+
+    def _select_and_run(self, x: Tensor) -> tuple[Tensor, Selection]:
+        x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
+        if isinstance(self.selector, TopKSelector):
+            return self._run_top_k(self.selector, x)
+        if self.training:
+            return self._run_masked(self.selector, x)
+        return self._run_packed(self.selector, x)
+
+    def _run_top_k(self, selector: TopKSelector, x: Tensor) -> tuple[Tensor, Selection]:
+        """Gather what each stage keeps. ``x``: ``[B, P + N, C]``."""
+        prefix = self.num_prefix_tokens
+        batch, patches = x.shape[0], x.shape[1] - prefix
+        positions = torch.arange(patches, device=x.device).expand(batch, -1)
+        masks: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
+            if number in selector.stages:
+                indices, factor = selector(x[:, prefix:], len(masks))
+                kept_factor = factor.gather(1, indices)
+                positions = positions.gather(1, indices)
+                masks.append(factor.new_zeros(batch, patches).scatter(1, positions, kept_factor))
+                kept = x[:, prefix:] if selector.config.zeroing else gather_tokens(x[:, prefix:], indices)
+                if selector.config.zeroing:
+                    kept = kept * factor.unsqueeze(-1).to(x.dtype)
+                elif self.training:
+                    kept = kept * kept_factor.unsqueeze(-1).to(x.dtype)
+                x = torch.cat([x[:, :prefix], kept], dim=1)
+            x = self._checkpointed(block, x)
+        return x, Selection(selector.stages, tuple(masks), prefix, removes=not selector.config.zeroing)
+
+    def _run_masked(self, selector: ThresholdSelector, x: Tensor) -> tuple[Tensor, Selection]:
+        """Training: all tokens stay, and attention looks at the kept ones. ``x``: ``[B, P + N, C]``."""
+        prefix = self.num_prefix_tokens
+        masks: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
+            scored = number + 1 in selector.stages
+            if not masks and not scored:
+                x = self._checkpointed(block, x)
+                continue
+            mask = masks[-1] if masks else None
+            x, scores = self._checkpointed(_run_block_masked, block, x, mask, prefix, scored)
+            if scores is not None:
+                masks.append(selector(scores, mask, len(masks)))
+        return x[:, :prefix], Selection(selector.stages, tuple(masks), prefix)
+
+    def _run_packed(self, selector: ThresholdSelector, x: Tensor) -> tuple[Tensor, Selection]:
+        """Evaluation: dropped tokens leave, image by image. ``x``: ``[B, P + N, C]``."""
+        prefix = self.num_prefix_tokens
+        batch, tokens = x.shape[:2]
+        layout = uniform_layout(batch, tokens, x.device)
+        sheet = x.flatten(0, 1)
+        masks: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
+            scored = number + 1 in selector.stages
+            sheet, scores = _run_block_packed(cast(Block, block), sheet, layout, tokens, scored)
+            if scores is not None:
+                rows = pad(scores, layout, -torch.inf)[:, prefix:]
+                keep = selector.choose(rows, rows > -torch.inf, len(masks))
+                index, layout = shrink(layout, F.pad(keep, (prefix, 0), value=True))
+                sheet = sheet[index]
+                masks.append(_mask_on_grid(layout, tokens)[:, prefix:].to(scores.dtype))
+        heads = layout.starts[:-1].long()[:, None] + torch.arange(prefix, device=x.device)
+        return sheet[heads[layout.order.argsort()]], Selection(selector.stages, tuple(masks), prefix)
+
+    def _checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call the function; with ``set_grad_checkpointing``, backward computes its activations again."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+
+def _run_block_masked(
+    block: Block, x: Tensor, mask: Tensor | None, prefix: int, scored: bool
+) -> tuple[Tensor, Tensor | None]:
+    def attend_to(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        if mask is None:
+            return attend_scored(cast(Attention, block.attn), q, k, v, prefix=prefix)
+        return attend_masked(cast(Attention, block.attn), q, k, v, mask=mask, prefix=prefix, scored=scored)
+
+    return run_block(block, x, attend_to)
+
+
+def _run_block_packed(
+    block: Block, sheet: Tensor, layout: Layout, tokens: int, scored: bool
+) -> tuple[Tensor, Tensor | None]:
+    def attend_to(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        return attend_packed(q, k, v, layout=layout, tokens=tokens, scored=scored)
+
+    return run_block(block, sheet, attend_to)
+
+
+def _mask_on_grid(layout: Layout, tokens: int) -> Tensor:
+    """Which tokens are still in the sheet: bool ``[B, tokens]`` in the order of the batch."""
+    mask = torch.zeros(layout.images, tokens, dtype=torch.bool, device=layout.source.device)
+    return mask.index_put((layout.order[layout.image], layout.source), mask.new_ones(()))
+
+
+class SparseVisionTransformer(_SelectsTokens):
+    """timm's VisionTransformer with a selector."""
+
+
+class SparseVisionTransformerDistilled(_SelectsTokens, VisionTransformerDistilled):
+    """timm's VisionTransformerDistilled with a selector."""
+
+
+_WITH_SELECTOR: dict[type[nn.Module], type[_SelectsTokens]] = {
+    VisionTransformer: SparseVisionTransformer,
+    VisionTransformerDistilled: SparseVisionTransformerDistilled,
+}
+
+
+def add_selector(model: nn.Module, config: SelectorConfig) -> nn.Module:
+    """Give a timm VisionTransformer a selector, in place. Its weights stay as they are.
+
+    Raises:
+        ValueError: lists everything about the model that the selector cannot work with.
+    """
+    holder = _WITH_SELECTOR.get(type(model))
+    if holder is None:
+        raise ValueError(
+            f"selector: the model is a {type(model).__name__}; give a timm VisionTransformer, such as "
+            "deit_*, deit3_* or vit_*"
+        )
+    assert isinstance(model, VisionTransformer)
+    assert config.stages is not None
+    problems = []
+    depth = len(model.blocks)
+    if config.stages[-1] >= depth:
+        scaled = sorted({max(1, round(stage * depth / 12)) for stage in (4, 7, 10)})
+        hint = f"; the published (4, 7, 10) of 12 are {tuple(scaled)} here" if config.kind == "threshold" else ""
+        problems.append(f"stages is {config.stages}, but the model has {depth} blocks: give at most {depth - 1}{hint}")
+    if not model.has_class_token:
+        problems.append("the model has no class token")
+    if not isinstance(model.patch_drop, nn.Identity):
+        problems.append("patch_drop_rate drops patches at random; leave it at 0")
+    if config.kind == "threshold":
+        if model.global_pool != "token":
+            problems.append(f"global_pool is {model.global_pool!r}; the threshold selector needs 'token'")
+        if not all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
+            kind = type(model.blocks[0]).__name__
+            problems.append(f"the blocks are {kind}; the threshold selector knows timm's Block with Attention")
+    if problems:
+        raise ValueError("selector: " + "; ".join(problems))
+
+    selector = (TopKSelector(config, model.embed_dim) if config.kind == "top_k" else ThresholdSelector(config)).to(
+        next(model.parameters())
+    )
+    model.__class__ = holder  # timm's entry points build timm's class and no other
+    model.selector = selector
+    return model
+
+
+def resolve(name: str, kwargs: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+    """timm's name and all arguments for ``name``, so that ``timm.create_model`` alone builds the dense model.
+
+    Args:
+        name: a timm name (also with a pretrained tag, or a source such as ``hf-hub:``), or an alias.
+        kwargs: timm arguments; they win over those of an alias.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    kwargs = dict(kwargs or {})
+    if name in ALIASES:
+        timm_name, defaults = ALIASES[name]
+        if kwargs.get("pretrained"):
+            raise ValueError(f"pretrained: there are no pretrained weights for {name!r}; use a timm name")
+        return timm_name, {**defaults, **kwargs}
+    if ":" in name:
+        return name, kwargs
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        known = [*ALIASES, *timm.list_models()]
+        close = difflib.get_close_matches(architecture, known, n=5, cutoff=0.5)
+        hint = f"close names: {', '.join(close)}" if close else "timm.list_models('*deit*') lists the DeiT names"
+        raise ValueError(f"unknown model name {name!r}; {hint}")
+    if tag:
+        try:
+            get_pretrained_cfg(name)
+        except RuntimeError:
+            tagged = ", ".join(timm.list_pretrained(f"{architecture}.*")) or "none"
+            raise ValueError(f"unknown pretrained tag {tag!r} of {architecture!r}; known: {tagged}") from None
+    return name, kwargs
+
+
+def create_model(
+    name: str, *, selector: SelectorConfig | Mapping[str, Any] | None = None, **timm_kwargs: Any
+) -> nn.Module:
+    """Build a timm model, with a token selector if asked.
+
+    Args:
+        name: a timm name or an alias, see :func:`resolve`.
+        selector: what and where to drop. None: exactly timm's model.
+        timm_kwargs: passed to ``timm.create_model`` (``img_size``, ``patch_size``, ``pretrained``, ...).
+
+    Raises:
+        ValueError: the name is unknown, the patch size does not divide the image size, or the model cannot
+            hold the selector.
+    """
+    timm_name, kwargs = resolve(name, timm_kwargs)
+    if selector is not None and not isinstance(selector, SelectorConfig):
+        selector = SelectorConfig.from_mapping(selector)
+    model = timm.create_model(timm_name, **kwargs)
+    if kwargs.keys() & {"img_size", "patch_size"} and not kwargs.get("dynamic_img_pad"):
+        _check_grid(model)
+    return model if selector is None else add_selector(model, selector)
+
+
+def _check_grid(model: nn.Module) -> None:
+    """Refuse an image size that the patch size does not divide; timm would cut the rest off."""
+    embed = getattr(model, "patch_embed", None)
+    img_size, patch_size = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
+    if img_size is None or patch_size is None:
+        return
+    if any(side % patch for side, patch in zip(img_size, patch_size, strict=True)):
+        raise ValueError(f"patch_size {patch_size} does not divide img_size {img_size}; choose sizes that fit")

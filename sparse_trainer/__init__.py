@@ -1,0 +1,8 @@
+"""Train networks that are sparse from the first step, under one exact parameter budget."""
+
+from sparse_trainer.budget import Budget
+from sparse_trainer.report import BlockUpdate, LayerUpdate, MaskUpdate
+from sparse_trainer.scheduler import SparsityScheduler
+from sparse_trainer.sparsity_config import SparsityConfig
+
+__all__ = ["BlockUpdate", "Budget", "LayerUpdate", "MaskUpdate", "SparsityConfig", "SparsityScheduler"]

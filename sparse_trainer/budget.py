@@ -1,0 +1,116 @@
+"""A density becomes whole numbers per layer: uniform, Erdős-Rényi-kernel, or global.
+
+The total is exact: ``live = round(density * prunable)``, and the layers' counts sum to it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+DISTRIBUTIONS = ("erk", "uniform", "global")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Live and total parameters of the prunable weights, as whole numbers."""
+
+    live: int
+    total: int  #: of the dense network
+
+    @property
+    def density(self) -> float:
+        return self.live / self.total
+
+    def __str__(self) -> str:
+        return f"{self.live:,} of {self.total:,} ({self.density:.2%})"
+
+
+def allocate(shapes: Mapping[str, Sequence[int]], live: int, distribution: str) -> dict[str, int]:
+    """How many elements of each layer are live; the counts sum to ``live`` exactly.
+
+    Args:
+        shapes: shape of each prunable weight by name.
+        live: live elements over all layers.
+        distribution: ``uniform`` gives every layer the same density, ``erk`` follows
+            :func:`erk_densities`; ``global`` starts from ``erk`` and lets updates move elements between layers.
+
+    Raises:
+        ValueError: if ``live`` does not fit, or a layer would be left without a live element.
+    """
+    if distribution not in DISTRIBUTIONS:
+        raise ValueError(f"distribution: {distribution!r} is not one of {', '.join(DISTRIBUTIONS)}")
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = sum(sizes.values())
+    if not 0 < live <= total:
+        raise ValueError(f"a budget of {live:,} live parameters does not fit {total:,} prunable ones")
+    if distribution == "uniform":
+        ideal = {name: size * live / total for name, size in sizes.items()}
+    else:
+        densities = erk_densities(shapes, live / total)
+        ideal = {name: sizes[name] * density for name, density in densities.items()}
+    counts = largest_remainder(ideal, live, sizes)
+    empty = [name for name, count in counts.items() if count == 0]
+    if empty:
+        raise ValueError(
+            f"a budget of {live:,} of {total:,} parameters rounds to no live element in {', '.join(empty[:3])}"
+            f"{' and others' if len(empty) > 3 else ''}; raise density or exclude small layers"
+        )
+    return counts
+
+
+def erk_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[str, float]:
+    """Erdős-Rényi-kernel densities (Mocanu et al. 2018; Evci et al. 2020, section 3).
+
+    The density of a layer is ``epsilon * sum(shape) / prod(shape)``, so that small and narrow layers keep more.
+    ``epsilon`` makes the total meet ``density``; a layer that would exceed 1 is made dense and ``epsilon`` is
+    solved again for the rest.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    sums = {name: sum(shape) for name, shape in shapes.items()}
+    live = density * sum(sizes.values())
+    dense: set[str] = set()
+    while True:
+        free = [name for name in shapes if name not in dense]
+        if not free:
+            return dict.fromkeys(shapes, 1.0)
+        epsilon = (live - sum(sizes[name] for name in dense)) / sum(sums[name] for name in free)
+        densities = {name: 1.0 if name in dense else epsilon * sums[name] / sizes[name] for name in shapes}
+        over = {name for name in free if densities[name] > 1.0}
+        if not over:
+            return densities
+        dense |= over
+
+
+def largest_remainder(ideal: Mapping[str, float], total: int, capacity: Mapping[str, int]) -> dict[str, int]:
+    """Whole numbers nearest to ``ideal`` that sum to ``total``, none above its ``capacity``.
+
+    Everyone gets the whole part; what is left goes one by one to the greatest fractions (Hamilton's method),
+    of equal ones to the earlier.
+    """
+    counts = {name: min(math.floor(value + 1e-9), capacity[name]) for name, value in ideal.items()}
+    by_fraction = sorted(ideal, key=lambda name: counts[name] - ideal[name])
+    missing = total - sum(counts.values())
+    while missing > 0:
+        room = [name for name in by_fraction if counts[name] < capacity[name]][:missing]
+        assert room, "the total exceeds the capacities"
+        for name in room:
+            counts[name] += 1
+        missing -= len(room)
+    assert sum(counts.values()) == total
+    return counts
+
+
+def count_units(density: float, units: int, what: str) -> int:
+    """Live heads or neurons of a block: ``density * units`` to the nearest whole number, halves up.
+
+    Raises:
+        ValueError: if none would be left.
+    """
+    live = math.floor(density * units + 0.5)
+    if live < 1:
+        raise ValueError(
+            f"{what}_density: {density} of {units} {what}s leaves none; the least that works is {1 / units:.3g}"
+        )
+    return live

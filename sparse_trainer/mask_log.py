@@ -1,0 +1,342 @@
+"""What every update did: to TensorBoard, to flat records, and to a timeline on disk that can be replayed.
+
+The timeline is ``<run>/masks/``: one file per update, ``step_00001200.safetensors``, with the packed masks and, as
+metadata, the live heads and neurons and the update's report; the first holds the state before any update. Each is
+written whole or not at all and named by its step, so a run that was killed and resumed has no torn, doubled or
+lost record once :func:`truncate_timeline` has dropped what the resumed run will do again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_trainer.budget import Budget
+from sparse_trainer.masks import pack_bits, unpack_bits
+from sparse_trainer.report import BlockUpdate, LayerUpdate, MaskUpdate
+from sparse_trainer.tensor_file import CheckpointError, fault, quote, read_metadata, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+FORMAT, VERSION = "sparse-trainer-masks", 1
+
+DEAD = (0.09, 0.10, 0.14)  #: near black
+LIVE = (0.36, 0.80, 0.90)  #: light blue
+ADDED = (1.00, 0.62, 0.11)  #: orange; differs from LIVE in lightness too
+
+_RECORD_NAME = re.compile(r"step_(\d{8,})\.safetensors")
+_HISTOGRAM_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True)
+class MaskRecord:
+    """One record of the timeline. The masks, which are large, are read when asked for."""
+
+    path: Path
+    step: int  #: optimizer steps done
+    live_heads: Mapping[str, tuple[int, ...]]  #: by block; empty without head sparsity
+    live_neurons: Mapping[str, tuple[int, ...]]
+    update: MaskUpdate | None  #: None for the state before any update
+
+    def masks(self) -> dict[str, Tensor]:
+        """bool, by parameter name, of the shape of the parameter.
+
+        Raises:
+            CheckpointError: if the file is damaged.
+        """
+        tensors, metadata = read_tensors(self.path, format=FORMAT, version=VERSION)
+        try:
+            shapes = {name: tuple(map(int, shape)) for name, shape in metadata["shapes"].items()}
+            return {name: unpack_bits(tensors[name], math.prod(shape)).view(shape) for name, shape in shapes.items()}
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+            raise fault(self.path, "the masks", expected="bits that fit their shapes", found=error) from error
+
+
+class MaskLog:
+    """Writes the timeline of a run and, where there is a writer, its TensorBoard tags.
+
+    Args:
+        run_dir: the run's folder; the timeline lies in its ``masks`` folder.
+        writer: a ``torch.utils.tensorboard.SummaryWriter``, or None for the timeline alone.
+        image_every: write the images of weight masks at every n-th update only.
+        image_side: the longer side of such an image, in pixels, at most.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        writer: SummaryWriter | None,
+        *,
+        image_every: int = 1,
+        image_side: int = 256,
+    ) -> None:
+        if image_every < 1 or image_side < 1:
+            raise ValueError(f"image_every and image_side must be at least 1, got {image_every}, {image_side}")
+        self.run_dir = Path(run_dir)
+        self.writer = writer
+        self.image_every = image_every
+        self.image_side = image_side
+        self._updates = 0
+
+    def log_start(
+        self,
+        masks: Mapping[str, Tensor],
+        *,
+        live_heads: Mapping[str, Sequence[int]] | None = None,
+        live_neurons: Mapping[str, Sequence[int]] | None = None,
+        dense_heads: Mapping[str, int] | None = None,
+        step: int = 0,
+    ) -> None:
+        """Record the state before any update.
+
+        Args:
+            masks: bool, by parameter name; empty without weight masks.
+            live_heads, live_neurons: unit numbers by block; None without such sparsity.
+            dense_heads: heads of the dense block, by block; with it the first ``heads/live`` image is drawn.
+        """
+        write_record(self.run_dir, step, masks, live_heads or {}, live_neurons or {}, None)
+        if self.writer is None:
+            return
+        self._add_mask_images(masks, step)
+        if live_heads and dense_heads:
+            blocks = {
+                name: BlockUpdate(live_heads=tuple(live), heads=dense_heads[name]) for name, live in live_heads.items()
+            }
+            self.writer.add_image("heads/live", head_image(blocks), step)
+
+    def log_update(
+        self,
+        update: MaskUpdate,
+        masks: Mapping[str, Tensor],
+        *,
+        live_heads: Mapping[str, Sequence[int]] | None = None,
+        live_neurons: Mapping[str, Sequence[int]] | None = None,
+    ) -> None:
+        """Record one update.
+
+        Args:
+            masks: bool, by parameter name, after the update.
+            live_heads, live_neurons: unit numbers by block after the update. Heads default to the report's; the
+                report does not list all neurons.
+
+        Raises:
+            CheckpointError: if the timeline cannot be written.
+        """
+        if live_heads is None:
+            live_heads = {name: block.live_heads for name, block in update.blocks.items() if block.live_heads}
+        write_record(self.run_dir, update.step, masks, live_heads, live_neurons or {}, update)
+        self._updates += 1
+        if self.writer is None:
+            return
+        for tag, value in update_record(update).items():
+            if tag != "step":
+                self.writer.add_scalar(tag, value, update.step)
+        if any(len(block.live_heads) < block.heads for block in update.blocks.values()):
+            self.writer.add_image("heads/live", head_image(update.blocks), update.step)
+        if self._updates % self.image_every == 0:
+            self._add_mask_images(masks, update.step)
+
+    def log_weights(self, step: int, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+        """Histograms of the live weights, ``weights/<layer>``.
+
+        Of a large layer an even sample of at most 131,072 is taken: enough for a histogram, and quick.
+        """
+        if self.writer is None:
+            return
+        parameters = dict(model.named_parameters())
+        for name, mask in masks.items():
+            live = parameters[name].detach()[mask]
+            stride = math.ceil(live.numel() / _HISTOGRAM_ELEMENTS)
+            if live.numel():
+                self.writer.add_histogram(f"weights/{name}", live[::stride].float().cpu(), step)
+
+    def truncate_after(self, step: int) -> None:
+        """Forget records after ``step``, as a run that resumes from there must. See :func:`truncate_timeline`."""
+        truncate_timeline(self.run_dir, step)
+
+    def _add_mask_images(self, masks: Mapping[str, Tensor], step: int) -> None:
+        assert self.writer is not None
+        for name, mask in masks.items():
+            self.writer.add_image(f"mask/{name}", mask_image(mask, self.image_side), step)
+
+
+def update_record(update: MaskUpdate) -> dict[str, int | float]:
+    """The numbers of one update by TensorBoard tag, and ``step``: a flat record for ``metrics.jsonl``.
+
+    Heads and neurons appear where some are dormant.
+    """
+    record: dict[str, int | float] = {
+        "step": update.step,
+        "budget/live_parameters": update.budget.live,
+        "budget/total_parameters": update.budget.total,
+        "update/drop_fraction": update.drop_fraction,
+        "update/seconds": update.seconds,
+    }
+    if update.layers:
+        record["update/churn"] = update.churn
+        record["update/exploration_rate"] = update.exploration_rate
+    for name, layer in update.layers.items():
+        record[f"density/{name}"] = layer.density
+        record[f"update/churn/{name}"] = layer.churn
+        record[f"update/threshold/{name}"] = layer.threshold
+    blocks = update.blocks
+    if any(len(block.live_heads) < block.heads for block in blocks.values()):
+        explored = sum(block.explored_heads for block in blocks.values())
+        record["heads/exploration_rate"] = explored / sum(block.heads for block in blocks.values())
+        record |= {f"heads/swapped/{name}": len(block.heads_added) for name, block in blocks.items()}
+    if any(block.live_neurons < block.neurons for block in blocks.values()):
+        explored = sum(block.explored_neurons for block in blocks.values())
+        record["neurons/exploration_rate"] = explored / sum(block.neurons for block in blocks.values())
+        record |= {f"neurons/swapped/{name}": len(block.neurons_added) for name, block in blocks.items()}
+    return record
+
+
+def mask_image(mask: Tensor, side: int = 256) -> Tensor:
+    """A mask as a picture ``[3, H, W]`` in [0, 1]: the brighter, the more of the elements under a pixel are live.
+
+    Tensors of more than two dimensions are shown as ``[shape[0], rest]``. A large mask is reduced by the mean over
+    square areas so that neither side exceeds ``side``; a small one is enlarged, at most to ``side``.
+    """
+    rows = mask.reshape(mask.shape[0] if mask.ndim > 1 else 1, -1)
+    longest = max(rows.shape)
+    area = math.ceil(longest / side)
+    share = F.avg_pool2d(rows[None, None].float(), area, ceil_mode=True)[0, 0]
+    scale = max(1, side // max(share.shape))
+    share = share.repeat_interleave(scale, 0).repeat_interleave(scale, 1).cpu()
+    dead, live = (torch.tensor(colour)[:, None, None] for colour in (DEAD, LIVE))
+    return dead + (live - dead) * share
+
+
+def head_image(blocks: Mapping[str, BlockUpdate], cell: int = 20) -> Tensor:
+    """Blocks by heads as a picture ``[3, blocks * cell, heads * cell]`` in [0, 1].
+
+    Dark is dormant, blue is live, orange came with this update. Where blocks differ in heads, black fills the rest.
+    """
+    heads = max(block.heads for block in blocks.values())
+    image = torch.zeros(3, len(blocks) * cell, heads * cell)
+    for row, block in enumerate(blocks.values()):
+        for head in range(block.heads):
+            added = head in block.heads_added
+            colour = ADDED if added else LIVE if head in block.live_heads else DEAD
+            inner = image[:, row * cell + 1 : (row + 1) * cell - 1, head * cell + 1 : (head + 1) * cell - 1]
+            inner[:] = torch.tensor(colour)[:, None, None]
+    return image
+
+
+def record_path(run_dir: str | os.PathLike[str], step: int) -> Path:
+    """Where the timeline of a run keeps the record of one step."""
+    return Path(run_dir) / "masks" / f"step_{step:08d}.safetensors"
+
+
+def write_record(
+    run_dir: str | os.PathLike[str],
+    step: int,
+    masks: Mapping[str, Tensor],
+    live_heads: Mapping[str, Sequence[int]],
+    live_neurons: Mapping[str, Sequence[int]],
+    update: MaskUpdate | None,
+) -> Path:
+    """Add one record to the timeline, or replace the one of the same step.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    path = record_path(run_dir, step)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{path.parent}: cannot be made: {error.strerror}") from error
+    metadata = {
+        "step": step,
+        "shapes": {name: list(mask.shape) for name, mask in masks.items()},
+        "live_heads": {block: list(units) for block, units in live_heads.items()},
+        "live_neurons": {block: list(units) for block, units in live_neurons.items()},
+        "update": None if update is None else update_to_json(update),
+    }
+    packed = {name: pack_bits(mask) for name, mask in masks.items()}
+    write_tensors(path, packed, metadata, format=FORMAT, version=VERSION)
+    return path
+
+
+def read_timeline(run_dir: str | os.PathLike[str]) -> Iterator[MaskRecord]:
+    """The records of a run in the order of steps, one at a time; no mask is read before it is asked for.
+
+    Raises:
+        CheckpointError: if the run has no timeline, or a record is damaged.
+    """
+    folder = Path(run_dir) / "masks"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no mask timeline, expected the masks folder of a run")
+    for step, path in _records(folder):
+        metadata = read_metadata(path, format=FORMAT, version=VERSION)
+        if metadata.get("step") != step:
+            raise fault(path, "the step", expected=f"{step}, its name", found=quote(metadata.get("step")))
+        try:
+            update = metadata["update"]
+            record = MaskRecord(
+                path=path,
+                step=step,
+                live_heads={name: tuple(map(int, units)) for name, units in metadata["live_heads"].items()},
+                live_neurons={name: tuple(map(int, units)) for name, units in metadata["live_neurons"].items()},
+                update=None if update is None else update_from_json(update),
+            )
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise fault(path, "the report", expected="that of an update", found=quote(str(error))) from error
+        yield record
+
+
+def truncate_timeline(run_dir: str | os.PathLike[str], step: int) -> None:
+    """Delete the records after ``step`` and what a killed process left half-written.
+
+    The record of ``step`` itself stays: an update belongs to the state that was saved after it.
+    """
+    folder = Path(run_dir) / "masks"
+    try:
+        for later, path in _records(folder):
+            if later > step:
+                path.unlink()
+        for torn in folder.glob(".step_*.safetensors.tmp"):
+            torn.unlink()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be truncated: {error}") from error
+
+
+def _records(folder: Path) -> list[tuple[int, Path]]:
+    if not folder.is_dir():
+        return []
+    found = ((_RECORD_NAME.fullmatch(path.name), path) for path in folder.iterdir())
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def update_to_json(update: MaskUpdate) -> dict[str, Any]:
+    """The whole report as JSON values; :func:`update_from_json` is its inverse."""
+    return dataclasses.asdict(update)
+
+
+def update_from_json(value: Mapping[str, Any]) -> MaskUpdate:
+    """The inverse of :func:`update_to_json`.
+
+    Raises:
+        TypeError, KeyError: if it is no such report.
+    """
+    fields = dict(value)
+    fields["budget"] = Budget(**fields["budget"])
+    fields["layers"] = {name: LayerUpdate(**layer) for name, layer in fields["layers"].items()}
+    fields["blocks"] = {name: BlockUpdate(**_with_tuples(block)) for name, block in fields["blocks"].items()}
+    return MaskUpdate(**_with_tuples(fields))
+
+
+def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows lists only; every sequence in a report is a tuple."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}

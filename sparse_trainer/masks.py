@@ -1,0 +1,185 @@
+"""Prune by magnitude, grow by score, at exact counts. Tensors in, masks out. START HERE.
+
+This file is the whole idea of dynamic sparse training (SET, Mocanu et al. 2018; RigL, Evci et al. 2020;
+SViTE, Chen et al. 2021): every so often the live elements of least magnitude are pruned and as many dead
+elements of greatest gradient are grown, so the number of live elements never changes. *How many* is decided
+in :mod:`sparse_trainer.budget`, *when* in :mod:`sparse_trainer.update_schedule`; here it is *which*.
+
+A worked example, one layer of six weights, three live, one third of them to be replaced::
+
+    weight        0.5   -0.1    0.9    0      0      0
+    live          yes   yes     yes    no     no     no
+    |gradient|    .       .       .    0.2    0.7    0.3
+
+    prune 1       0.5   -0.1    0.9    0      0      0      the least magnitude among the live is 0.1
+                  yes    no     yes    no     no     no
+    grow 1        0.5    0      0.9    0      0      0      the greatest gradient among the dead is 0.7
+                  yes    no     yes    no    yes     no     three are live, as before; a grown weight starts at 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MaskChange:
+    """The outcome of one prune-and-grow of one mask."""
+
+    live: Tensor  #: bool, the mask after the update; as many True as before
+    removed: Tensor  #: bool, live before and dead now
+    added: Tensor  #: bool, dead before and live now
+    threshold: float  #: greatest magnitude among the pruned (also of one that grew back); 0 if none was
+
+
+def random_mask(shape: Sequence[int], live: int, generator: torch.Generator) -> Tensor:
+    """A bool mask of ``shape`` with exactly ``live`` True, drawn uniformly.
+
+    A Bernoulli draw would miss the budget by about ``sqrt(live)``; a permutation meets it exactly. It is drawn
+    on the CPU, so that a seed means the same mask on every device.
+
+    Raises:
+        ValueError: if ``live`` is negative or greater than the number of elements.
+    """
+    total = int(np.prod(shape))
+    if not 0 <= live <= total:
+        raise ValueError(f"a mask of {total:,} elements cannot have {live:,} live ones")
+    mask = torch.zeros(total, dtype=torch.bool)
+    mask[torch.randperm(total, generator=generator)[:live]] = True
+    return mask.view(*shape)
+
+
+def prune_and_grow(
+    weight: Tensor,
+    live: Tensor,
+    growth_score: Tensor,
+    count: int,
+    *,
+    regrow: bool = True,
+    eligible: Tensor | None = None,
+) -> MaskChange:
+    """Prune the ``count`` live elements of least magnitude, grow the ``count`` dead ones of greatest score.
+
+    Args:
+        weight: any shape.
+        live: bool, same shape: the mask before the update.
+        growth_score: same shape, finite; magnitude of the mean gradient (RigL) or a random draw (SET).
+        count: how many to replace; at most :func:`replaceable`.
+        regrow: whether an element that this update prunes may grow again in it. It then keeps its value and
+            has not changed sides, so it appears neither in ``removed`` nor in ``added``.
+        eligible: bool, same shape: only these elements may be pruned or grown. All, if None.
+    """
+    prunable = live if eligible is None else live & eligible
+    magnitude = weight.detach().abs().float()
+    pruned, threshold = select_smallest(magnitude, prunable, count)
+    candidates = ~live if eligible is None else eligible & ~live
+    if regrow:
+        candidates = candidates | pruned
+    grown, _ = select_largest(growth_score, candidates, count)
+    after = (live & ~pruned) | grown
+    return MaskChange(live=after, removed=live & ~after, added=after & ~live, threshold=threshold if count else 0.0)
+
+
+def replaceable(live: Tensor, drop_fraction: float, eligible: Tensor | None = None) -> int:
+    """How many elements one update replaces: ``round(drop_fraction * live)``, bounded by the dead ones.
+
+    The bound keeps the count exact where there are fewer dead elements than the drop fraction asks for.
+    """
+    if eligible is None:
+        alive = int(live.count_nonzero())
+        dead = live.numel() - alive
+    else:
+        alive = int((live & eligible).count_nonzero())
+        dead = int(eligible.count_nonzero()) - alive
+    return min(round(drop_fraction * alive), dead)
+
+
+def select_smallest(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, float]:
+    """The ``count`` elements of least ``score`` within ``among``: a bool mask, and the greatest score taken.
+
+    Of equal scores the one with the lower row-major index is taken. ``score < threshold`` alone would take too
+    few and ``score <= threshold`` too many whenever scores tie, as gradients that are exactly 0 do, and the
+    budget would drift; and without a fixed order two processes could choose differently.
+
+    Raises:
+        ValueError: if fewer than ``count`` elements are within ``among``.
+    """
+    selected = torch.zeros_like(among)
+    if count == 0:
+        return selected, float("-inf")
+    keyed = torch.where(among, score, float("inf")).reshape(-1)
+    threshold = _kth_smallest(keyed, count)
+    if threshold == float("inf"):
+        raise ValueError(f"cannot select {count:,} of {int(among.count_nonzero()):,} finite elements")
+    below = keyed < threshold
+    ties = _nonzero(keyed == threshold)
+    below[ties[: count - int(below.count_nonzero())]] = True
+    return below.view(among.shape), threshold
+
+
+def select_largest(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, float]:
+    """Like :func:`select_smallest`, for the greatest scores; of equal ones again the lower index."""
+    selected, threshold = select_smallest(-score, among, count)
+    return selected, -threshold
+
+
+def largest_per_segment(score: Tensor, among: Tensor, sizes: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """The ``counts[i]`` greatest elements of the i-th of consecutive segments of a flat tensor, as a bool mask."""
+    parts = zip(score.split(list(sizes)), among.split(list(sizes)), counts, strict=True)
+    return torch.cat([select_largest(segment, inside, count)[0] for segment, inside, count in parts])
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """A bool mask of any shape as bytes on the CPU: uint8 ``[ceil(numel / 8)]``.
+
+    Element ``i`` in row-major order is bit ``i % 8`` of byte ``i // 8``, least significant first; the bits after
+    the last element are 0.
+    """
+    flat = mask.detach().reshape(-1).cpu().numpy()
+    return torch.from_numpy(np.packbits(flat, bitorder="little"))
+
+
+def unpack_bits(packed: Tensor, numel: int) -> Tensor:
+    """The inverse of :func:`pack_bits`: a flat bool mask ``[numel]`` on the CPU.
+
+    Raises:
+        ValueError: if the number of bytes does not go with ``numel``, or a bit after the last element is set.
+    """
+    if packed.dtype != torch.uint8 or packed.ndim != 1 or packed.numel() != (numel + 7) // 8:
+        raise ValueError(
+            f"a mask of {numel:,} elements takes {(numel + 7) // 8:,} bytes, got {packed.dtype} {tuple(packed.shape)}"
+        )
+    bits = np.unpackbits(packed.cpu().numpy(), bitorder="little")
+    if bits[numel:].any():
+        raise ValueError(f"bits are set after the last of {numel:,} mask elements")
+    return torch.from_numpy(bits[:numel].copy()).bool()
+
+
+def count_bits(packed: Tensor) -> int:
+    """How many bits are set in a uint8 tensor on the CPU."""
+    return int(_BITS_IN_BYTE[packed.numpy()].sum(dtype=np.int64))
+
+
+_BITS_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1).astype(np.uint8)
+
+
+def _kth_smallest(values: Tensor, k: int) -> float:
+    """The k-th smallest (from 1) of a flat float tensor.
+
+    NumPy's partition uses vector instructions and is several times faster than torch's on a CPU.
+    """
+    if values.device.type == "cpu":
+        return float(np.partition(values.numpy(), k - 1)[k - 1])
+    return float(values.kthvalue(k).values)
+
+
+def _nonzero(mask: Tensor) -> Tensor:
+    """Indices of the True elements of a flat mask, ascending (NumPy's is the faster one on a CPU)."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().view(-1)

@@ -1,0 +1,119 @@
+"""The per-element state of optimizers: cleared where weights die, seeded where they grow.
+
+An optimizer is accepted only if a weight whose gradient, state and value are 0 stays exactly 0 under its step,
+and the meaning of each of its state tensors is known. Both were verified for the classes listed here
+(``tests/test_optimizer_state.py`` repeats the check); any other raises, since a moment that is left behind moves
+a dead weight without anyone noticing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+SUPPORTED = {
+    "torch.optim": ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adadelta"),
+    "timm.optim": (
+        "AdamP",
+        "AdamWLegacy",
+        "Adan",
+        "Adopt",
+        "Lamb",
+        "LaProp",
+        "Lars",
+        "Lion",
+        "MADGRAD",
+        "Mars",
+        "NAdamLegacy",
+        "NAdamW",
+        "NvNovoGrad",
+        "RAdamLegacy",
+        "SGDP",
+        "SGDW",
+    ),
+}
+
+FIRST_MOMENTS = frozenset(
+    {
+        "exp_avg",
+        "exp_avg_diff",
+        "neg_pre_grad",
+        "last_grad",
+        "momentum",
+        "momentum_buffer",
+        "grad_avg",
+        "acc_delta",
+        "s",
+        "x0",
+    }
+)
+"""State that follows the gradient or the weight: 0 at a dead weight, and 0 where one has just grown."""
+
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_sum_sq"})
+"""State that follows the squared gradient: 0 at a dead weight, the squared growth gradient where one has grown."""
+
+
+def check_supported(optimizer: torch.optim.Optimizer) -> None:
+    """Accept an optimizer whose state is understood.
+
+    Raises:
+        ValueError: naming the optimizer and the ones that work.
+    """
+    for kind in type(optimizer).__mro__:
+        for package, names in SUPPORTED.items():
+            if kind.__module__.startswith(package) and kind.__name__ in names:
+                return
+    works = "; ".join(f"{package}: {', '.join(names)}" for package, names in SUPPORTED.items())
+    raise ValueError(
+        f"optimizer {type(optimizer).__module__}.{type(optimizer).__name__}: its state is not understood, so dead "
+        f"weights could not be kept at 0. These work: {works}"
+    )
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+    """The state tensors that hold one value per element of ``parameter``, each with its name.
+
+    Raises:
+        ValueError: if one of them is of unknown meaning.
+    """
+    for key, value in optimizer.state.get(parameter, {}).items():
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            continue
+        if key not in FIRST_MOMENTS | SECOND_MOMENTS:
+            raise ValueError(
+                f"optimizer {type(optimizer).__name__}: state {key!r} holds one value per weight and is of unknown "
+                f"meaning; known are {', '.join(sorted(FIRST_MOMENTS | SECOND_MOMENTS))}"
+            )
+        yield key, value
+
+
+def is_second_moment(key: str) -> bool:
+    return key in SECOND_MOMENTS
+
+
+def carry_over(
+    optimizer: torch.optim.Optimizer,
+    parameter: nn.Parameter,
+    live: Tensor,
+    added: Tensor,
+    growth_gradient: Tensor | None,
+) -> None:
+    """Bring the moments of ``parameter`` in line with its new mask.
+
+    Where a weight died all moments become 0. Where one grew the first moment is 0 already, and the second starts
+    at the square of the gradient that grew it: left at 0, the bias correction of Adam, which knows only the step
+    number, would make the first step about 3.2 times the learning rate.
+
+    Args:
+        live: bool, the mask after the update.
+        added: bool, the weights that this update grew.
+        growth_gradient: mean gradient that grew them, in the units in which the optimizer sees gradients; None
+            leaves second moments at 0.
+    """
+    for key, value in moments(optimizer, parameter):
+        value.mul_(live)
+        if is_second_moment(key) and growth_gradient is not None:
+            seed = (growth_gradient * added).to(value.dtype)
+            value.addcmul_(seed, seed)

@@ -1,0 +1,472 @@
+"""The scheduler owns every mask, follows the optimizer, and conducts the updates.
+
+How many is in :mod:`~sparse_trainer.budget`, when in :mod:`~sparse_trainer.update_schedule`, which in
+:mod:`~sparse_trainer.masks` and :mod:`~sparse_trainer.unit_swaps`; here is only who calls whom.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_trainer.budget import Budget, count_units
+from sparse_trainer.optimizer_state import check_supported
+from sparse_trainer.report import BlockUpdate, MaskUpdate
+from sparse_trainer.sparsity_config import SparsityConfig
+from sparse_trainer.unit_swaps import Swap, UnitSwaps
+from sparse_trainer.units import find_blocks
+from sparse_trainer.update_schedule import UpdateSchedule
+from sparse_trainer.weight_masks import WeightMasks
+
+LossClosure = Callable[[], Tensor]
+
+
+class SparsityScheduler:
+    """Trains ``model`` under one exact parameter budget.
+
+    Construction changes the model in place: dormant heads and neurons are taken out, dead weights are set to 0.
+    So it comes before the optimizer. Then two lines go into any training loop::
+
+        scheduler = SparsityScheduler(model, SparsityConfig(density=0.5), total_steps=100_000)
+        optimizer = torch.optim.AdamW(model.parameters())
+        scheduler.attach(optimizer)
+        ...
+            loss.backward()
+            optimizer.step()
+            update = scheduler.step()
+            optimizer.zero_grad()
+
+    Args:
+        model: any module with ``Linear`` or ``Conv2d`` layers; a timm ``VisionTransformer`` for heads and neurons.
+            A model may name parameters that are never pruned, by prefix, in a method ``no_sparsity() -> set[str]``.
+        config: what to prune and how.
+        total_steps: optimizer steps of the whole run.
+        closure: the loss of one batch; only for ``config.start == "score"``.
+
+    Raises:
+        ValueError: if the configuration does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SparsityConfig,
+        *,
+        total_steps: int,
+        closure: LossClosure | None = None,
+    ) -> None:
+        model = getattr(model, "_orig_mod", model)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        self.model = model
+        self.config = config
+        self.schedule = UpdateSchedule(
+            total_steps=total_steps,
+            update_every=config.update_every,
+            updates=config.updates,
+            drop_fraction=config.drop_fraction,
+            drop_fraction_end=config.drop_fraction_end,
+            stop_at=config.stop_at,
+        )
+        dense_total = sum(p.numel() for p in _prunable(model, config.include, config.exclude).values())
+        self._units: UnitSwaps | None = None
+        if config.structured:
+            self._units = self._make_compact(closure)
+        prunable = _prunable(model, config.include, config.exclude)
+        self._total = dense_total
+        self._weights: WeightMasks | None = None
+        if config.masks_weights:
+            self._weights = WeightMasks(prunable, self._live_target(prunable), config)
+        self._prunable = prunable
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._ema: dict[str, Tensor] = {}
+        self._handles: list[Any] = []
+        self._step = 0
+        self._stepped = 0
+        self._passes = 0  # backward passes since the last optimizer step
+        self._passes_per_step = 1
+        self._last_update = 0
+        self._skipped: Tensor | None = None  # counted on the device; read only when an update may be due
+
+    def _make_compact(self, closure: LossClosure | None) -> UnitSwaps:
+        blocks = find_blocks(self.model)
+        heads = {n: count_units(self.config.head_density, b.heads.count(), "head") for n, b in blocks.items()}
+        neurons = {n: count_units(self.config.neuron_density, b.neurons.count(), "neuron") for n, b in blocks.items()}
+        for what, density, chosen, counts in (
+            ("head", self.config.head_density, heads, {n: b.heads.count() for n, b in blocks.items()}),
+            (
+                "neuron",
+                self.config.neuron_density,
+                neurons,
+                {n: b.neurons.count() for n, b in blocks.items()},
+            ),
+        ):
+            rounded = {(chosen[n], counts[n]) for n in blocks if abs(chosen[n] - density * counts[n]) > 1e-6}
+            for live, total in sorted(rounded):
+                warnings.warn(
+                    f"{what}_density: {density} of {total} {what}s is rounded to {live} ({live / total:.3f})",
+                    stacklevel=4,
+                )
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return UnitSwaps(self.model, heads, neurons, generator=generator, start=self.config.start, closure=closure)
+
+    def _live_target(self, prunable: Mapping[str, nn.Parameter]) -> int:
+        """The budget in whole numbers; density counts against the *dense* network, units included."""
+        available = sum(parameter.numel() for parameter in prunable.values())
+        if self.config.live_parameters is not None:
+            live, key = self.config.live_parameters, f"live_parameters: {self.config.live_parameters:,}"
+        else:
+            live, key = round((self.config.density or 0) * self._total), f"density: {self.config.density}"
+        if live < len(prunable):
+            raise ValueError(
+                f"{key} of {self._total:,} prunable weights leaves {live:,} live, fewer than one in each of the "
+                f"{len(prunable)} layers; the least that can work is {len(prunable) / self._total:.2g}"
+            )
+        if live > available:
+            raise ValueError(
+                f"{key} asks for {live:,} live weights, but head_density {self.config.head_density} and "
+                f"neuron_density {self.config.neuron_density} leave {available:,} of {self._total:,} "
+                f"({available / self._total:.4f}); lower density to that or less, or set it to null"
+            )
+        return live
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Bool masks of the (compact) weight tensors by parameter name; True is live."""
+        return self._weights.masks if self._weights else {}
+
+    @property
+    def live_heads(self) -> dict[str, tuple[int, ...]]:
+        """By block, the head (of the dense network) in each slot; empty for an unstructured run."""
+        return self._units.live("head") if self._units else {}
+
+    @property
+    def live_neurons(self) -> dict[str, tuple[int, ...]]:
+        """By block, the neuron (of the dense network) in each slot; empty for an unstructured run."""
+        return self._units.live("neuron") if self._units else {}
+
+    @property
+    def dense_heads(self) -> dict[str, int]:
+        """By block, how many heads the dense network has; empty for an unstructured run."""
+        return self._units.totals("head") if self._units else {}
+
+    @property
+    def dense_neurons(self) -> dict[str, int]:
+        """By block, how many neurons the dense network has; empty for an unstructured run."""
+        return self._units.totals("neuron") if self._units else {}
+
+    @property
+    def budget(self) -> Budget:
+        """Live and total prunable weights, counted now."""
+        if self._weights:
+            return Budget(self._weights.live_count(), self._total)
+        return Budget(sum(parameter.numel() for parameter in self._prunable.values()), self._total)
+
+    @property
+    def step_number(self) -> int:
+        """Optimizer steps that counted: those that AMP skipped did not."""
+        return self._exact_step()
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether :meth:`step` needs the loss of a batch on an update step."""
+        return self._units is not None and bool(self._units.groups)
+
+    @property
+    def update_due(self) -> bool:
+        """Whether the next optimizer step, if it counts, ends in an update."""
+        return self.schedule.is_update(self._exact_step() + 1)
+
+    def attach(self, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None) -> None:
+        """Follow an optimizer: mask gradients from now on, count its steps, change its state at updates.
+
+        Args:
+            optimizer: holds every prunable parameter of the model.
+            ema: a model whose parameters average those of this one (timm's ``ModelEmaV3``,
+                ``torch.optim.swa_utils.AveragedModel``, or any module of the same names); it is kept as sparse.
+
+        Raises:
+            ValueError: if the optimizer's state is not understood, it lacks prunable parameters, or the EMA's
+                parameters are other than the model's.
+        """
+        if self._optimizer is not None:
+            raise ValueError("the scheduler is attached to an optimizer already; call detach() first")
+        check_supported(optimizer)
+        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, parameter in self._prunable.items() if id(parameter) not in owned]
+        if missing:
+            raise ValueError(
+                f"the optimizer lacks {len(missing)} prunable parameters, {missing[0]} among them; build it from "
+                "the model's parameters after the scheduler, or exclude frozen layers"
+            )
+        self._ema = self._ema_tensors(ema) if ema is not None else {}
+        if self._weights:
+            self._weights.follow_device()
+            self._weights.install()
+            for name, tensor in self._ema.items():
+                if name in self.masks:
+                    tensor.mul_(self.masks[name])
+        if self._units:
+            device = next(self.model.parameters()).device
+            for group in self._units.groups:
+                group.follow_device(device)
+        self._optimizer = optimizer
+        first = next(iter(self._prunable.values()))
+        self._handles = [
+            first.register_post_accumulate_grad_hook(self._count_pass),
+            optimizer.register_step_pre_hook(self._before_optimizer_step),
+            optimizer.register_step_post_hook(self._after_optimizer_step),
+        ]
+        self._arm()
+
+    def _ema_tensors(self, ema: nn.Module) -> dict[str, Tensor]:
+        names = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        inner = getattr(ema, "module", None)
+        for module in (ema, inner):
+            if isinstance(module, nn.Module):
+                tensors = {name: parameter.data for name, parameter in module.named_parameters()}
+                if {name: value.shape for name, value in tensors.items()} == names:
+                    return tensors
+        raise ValueError(
+            "the EMA's parameters are other than the model's in name or shape; make it from the model after the "
+            "scheduler"
+        )
+
+    def detach(self) -> None:
+        """Take all hooks away; masks and weights stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._weights:
+            self._weights.remove()
+            self._weights.growth.collecting = False
+        self._optimizer = None
+        self._ema = {}
+
+    def step(self, closure: LossClosure | None = None) -> MaskUpdate | None:
+        """Call after each ``optimizer.step()``. Runs an update if one is due.
+
+        A step that AMP skipped does not count: nothing moves.
+
+        Args:
+            closure: returns the loss of one batch (a forward pass of the bare model, no backward). Needed for
+                heads and neurons, and called at updates only.
+
+        Returns:
+            the report of the update, or None between updates.
+
+        Raises:
+            RuntimeError: if no optimizer is attached, or it stepped more than once since the last call.
+            ValueError: if an update of heads or neurons is due and there is no closure.
+        """
+        if self._optimizer is None:
+            raise RuntimeError("scheduler.step() before scheduler.attach(optimizer)")
+        stepped, self._stepped = self._stepped, 0
+        if stepped > 1:
+            raise RuntimeError(
+                f"the optimizer stepped {stepped} times since the last scheduler.step(); call it each time"
+            )
+        if stepped == 0:
+            if self._weights:
+                self._weights.growth.drop_step()
+            self._passes = 0
+            return None
+        self._step += 1
+        update = None
+        due = self.schedule.next_update(self._last_update + 1)
+        if due is not None and self._step >= due and self._exact_step() >= due:
+            update = self._update(closure)
+            self._last_update = self._step
+        self._arm()
+        return update
+
+    def _update(self, closure: LossClosure | None) -> MaskUpdate | None:
+        assert self._optimizer is not None
+        if self._units and self._units.groups and closure is None:
+            raise ValueError(
+                "an update of heads and neurons needs the loss of one batch: "
+                "scheduler.step(lambda: criterion(model(images), targets))"
+            )
+        self._synchronize()
+        started = time.perf_counter()
+        drop_fraction = self.schedule.fraction(self._step)
+        swaps: dict[int, Swap] = {}
+        notes: list[str] = []
+        fresh: dict[str, Tensor] = {}
+        if self._units and closure is not None:
+            swaps, notes = self._units.update(
+                closure,
+                drop_fraction,
+                if_better=self.config.swap == "if_better",
+                optimizer=self._optimizer,
+                ema=self._ema,
+                masks=self.masks,
+                seed_second_moments=self.config.seed_second_moments,
+            )
+            fresh = self._units.fresh(swaps, self.masks)
+        layers = self._weights.update(drop_fraction, self._optimizer, self._ema, fresh) if self._weights else {}
+        if self._weights and not layers:
+            notes.append("no finite growth gradient was collected: the weight masks did not change")
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
+        self._synchronize()
+        return MaskUpdate(
+            step=self._step,
+            drop_fraction=drop_fraction,
+            budget=self.budget,
+            seconds=time.perf_counter() - started,
+            layers=layers,
+            blocks=self._block_report(swaps),
+            warnings=tuple(notes),
+        )
+
+    def _block_report(self, swaps: Mapping[int, Swap]) -> dict[str, BlockUpdate]:
+        if self._units is None:
+            return {}
+        nothing = Swap((), (), ())
+        found: dict[tuple[str, str], tuple[Swap, int]] = {}
+        for index, group in enumerate(self._units.groups):
+            found[group.group.block, group.group.kind] = (swaps.get(index, nothing), len(group.explored))
+        heads, neurons = self._units.totals("head"), self._units.totals("neuron")
+        live_heads, live_neurons = self.live_heads, self.live_neurons
+        report = {}
+        for name in self._units.blocks:
+            head_swap, explored_heads = found.get((name, "head"), (nothing, heads[name]))
+            neuron_swap, explored_neurons = found.get((name, "neuron"), (nothing, neurons[name]))
+            report[name] = BlockUpdate(
+                heads_removed=head_swap.removed,
+                heads_added=head_swap.added,
+                neurons_removed=neuron_swap.removed,
+                neurons_added=neuron_swap.added,
+                live_heads=tuple(sorted(live_heads[name])),
+                heads=heads[name],
+                live_neurons=len(live_neurons[name]),
+                neurons=neurons[name],
+                explored_heads=explored_heads,
+                explored_neurons=explored_neurons,
+            )
+        return report
+
+    def _synchronize(self) -> None:
+        """Wait for the device, so that the reported seconds are the update's own."""
+        device = next(self.model.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def _arm(self) -> None:
+        """Collect the growth gradient during the next optimizer step if an update is near."""
+        if self._weights is None or self.config.grow != "gradient":
+            return
+        due = self.schedule.next_update(self._last_update + 1)
+        ahead = max(1, -(-self.config.growth_batches // self._passes_per_step))
+        collecting = due is not None and self._step + ahead >= due
+        if collecting and due is not None:
+            collecting = self._exact_step() + ahead >= due
+        self._weights.growth.collecting = collecting
+
+    def _exact_step(self) -> int:
+        """The step number less the steps that a fused optimizer skipped on the device; this reads the device."""
+        if self._skipped is not None:
+            self._step -= int(self._skipped)
+            self._skipped = None
+        return self._step
+
+    def _count_pass(self, _: Tensor) -> None:
+        self._passes += 1
+
+    @torch.no_grad()
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if self._weights and self._weights.growth.collecting:
+            self._weights.growth.finish_step(self._weights.parameters, self.masks)
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._stepped += 1
+        self._passes_per_step, self._passes = max(self._passes, 1), 0
+        # GradScaler lets a fused optimizer skip the step by itself and leaves its verdict here, on the device.
+        found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, Tensor):
+            skipped = found_inf.detach().reshape(()).clone()
+            self._skipped = skipped if self._skipped is None else self._skipped + skipped
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides future masks, as tensors, numbers, strings, lists and dictionaries."""
+        return {
+            "step": self._exact_step(),
+            "last_update": self._last_update,
+            "passes_per_step": self._passes_per_step,
+            "total_steps": self.schedule.total_steps,
+            "weights": self._weights.state_dict() if self._weights else None,
+            "units": self._units.state_dict() if self._units else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state. The model's own state dict is loaded by the caller, before this.
+
+        Raises:
+            ValueError: if the state belongs to another configuration.
+        """
+        if state["total_steps"] != self.schedule.total_steps:
+            raise ValueError(
+                f"the saved schedule is over {state['total_steps']:,} steps, this one over "
+                f"{self.schedule.total_steps:,}"
+            )
+        for what, own in (("weights", self._weights), ("units", self._units)):
+            if (state[what] is None) != (own is None):
+                raise ValueError(f"the saved state {'has no' if state[what] is None else 'has'} {what} masks")
+        if self._units:
+            self._units.load_state_dict(state["units"])
+        if self._weights:
+            self._weights.load_state_dict(state["weights"])
+        self._step, self._last_update = int(state["step"]), int(state["last_update"])
+        self._passes_per_step = int(state["passes_per_step"])
+        self._skipped, self._stepped, self._passes = None, 0, 0
+        self._arm()
+
+
+def _prunable(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The weights of ``Linear`` and ``Conv2d`` by name, in the model's order; a shared one under its first name.
+
+    A pattern matches the parameter's name or its module's, as in a shell.
+
+    Raises:
+        ValueError: if a pattern matches nothing, listing close names; or nothing is left to prune.
+    """
+    never = set(getattr(model, "no_sparsity", set)())
+    parameters: dict[str, Any] = {}
+    seen: set[int] = set()
+    for module_name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and id(module.weight) not in seen:
+            name = f"{module_name}.weight" if module_name else "weight"
+            seen.add(id(module.weight))
+            if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in never):
+                parameters[name] = module.weight
+    if not parameters:
+        raise ValueError(f"{type(model).__name__} has no Linear or Conv2d weight to prune")
+
+    def matching(key: str, patterns: Sequence[str]) -> set[str]:
+        found: set[str] = set()
+        for pattern in patterns:
+            hits = {
+                name
+                for name in parameters
+                if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)
+            }
+            if not hits:
+                names = [*parameters, *(name.removesuffix(".weight") for name in parameters)]
+                close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or list(parameters)[:3]
+                raise ValueError(f"{key}: {pattern!r} matches no prunable weight; close names: {', '.join(close)}")
+            found |= hits
+        return found
+
+    chosen = matching("include", include) if include else set(parameters)
+    chosen -= matching("exclude", exclude) if exclude else set()
+    if not chosen:
+        raise ValueError("include and exclude leave no weight to prune")
+    return {name: parameter for name, parameter in parameters.items() if name in chosen}

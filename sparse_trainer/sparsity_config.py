@@ -1,0 +1,121 @@
+"""What the user asks of the scheduler: one frozen record that says everything that is wrong at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sparse_trainer.budget import DISTRIBUTIONS
+
+GROWTH = ("gradient", "random")
+SWAPS = ("always", "if_better")
+STARTS = ("random", "score")
+
+
+@dataclass(frozen=True)
+class SparsityConfig:
+    """Weight masks, heads and neurons under one budget.
+
+    Raises:
+        ValueError: naming every field that is wrong, its value, and what would work.
+    """
+
+    density: float | None = 0.5
+    """Live over all prunable weights of the dense network; null for no weight masks."""
+    live_parameters: int | None = None
+    """The budget as a whole number of live prunable weights, in place of density."""
+    distribution: str = "erk"
+    """How the budget is spread over the layers: erk, uniform or global."""
+    head_density: float = 1.0
+    """Share of the attention heads of a block that are live, rounded to whole heads."""
+    neuron_density: float = 1.0
+    """Share of the MLP neurons of a block that are live, rounded to whole neurons."""
+    update_every: int | None = None
+    """Optimizer steps between updates; by default a hundredth of the run and at least 100."""
+    updates: int | None = None
+    """Number of updates over the run, in place of update_every; 0 keeps the first masks."""
+    drop_fraction: float = 0.3
+    """Share of the live elements that the first update replaces."""
+    drop_fraction_end: float = 0.005
+    """Share at the last update; in between it falls by a cosine."""
+    stop_at: float = 0.8
+    """Share of the run after which the masks stay."""
+    grow: str = "gradient"
+    """What ranks dead weights: the magnitude of their mean gradient (RigL) or chance (SET)."""
+    growth_batches: int = 1
+    """Micro-batches (backward passes) over which the growth gradient is averaged, in whole optimizer steps."""
+    regrow: bool = True
+    """Whether a weight that an update prunes may grow again in the same update."""
+    floor: float = 0.05
+    """With the global distribution: density below which no layer may fall."""
+    swap: str = "if_better"
+    """Units: always replace the share that is due, or only if_better, where the estimated gain is greater."""
+    start: str = "random"
+    """The first live units: random by the seed, or score (the best of a pretrained dense model)."""
+    seed_second_moments: bool = True
+    """Start a grown element's second moments from its gradient (units: from the mean of the live ones), not 0."""
+    include: tuple[str, ...] = ()
+    """Name patterns (as in a shell) of the weights to prune; empty for every Linear and Conv2d weight."""
+    exclude: tuple[str, ...] = ()
+    """Name patterns of weights that stay dense."""
+    seed: int = 0
+    """Seed of the first masks and of random growth."""
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        problems = self._problems()
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def structured(self) -> bool:
+        """Whether heads or neurons are pruned."""
+        return self.head_density < 1.0 or self.neuron_density < 1.0
+
+    @property
+    def masks_weights(self) -> bool:
+        """Whether single weights are masked."""
+        return self.density is not None or self.live_parameters is not None
+
+    def _problems(self) -> list[str]:
+        problems = []
+
+        def check(name: str, works: str, accept: bool) -> None:
+            if not accept:
+                problems.append(f"{name}: {getattr(self, name)!r} is not {works}")
+
+        def share(value: object) -> bool:
+            return isinstance(value, (int, float)) and math.isfinite(value) and 0 < value <= 1
+
+        check("density", "a share in (0, 1] or null", self.density is None or share(self.density))
+        check(
+            "live_parameters",
+            "a positive whole number or null",
+            self.live_parameters is None or (isinstance(self.live_parameters, int) and self.live_parameters > 0),
+        )
+        check("head_density", "a share in (0, 1]", share(self.head_density))
+        check("neuron_density", "a share in (0, 1]", share(self.neuron_density))
+        check("distribution", f"one of {', '.join(DISTRIBUTIONS)}", self.distribution in DISTRIBUTIONS)
+        check("grow", f"one of {', '.join(GROWTH)}", self.grow in GROWTH)
+        check("swap", f"one of {', '.join(SWAPS)}", self.swap in SWAPS)
+        check("start", f"one of {', '.join(STARTS)}", self.start in STARTS)
+        check(
+            "update_every",
+            "a positive number of steps or null",
+            self.update_every is None or self.update_every >= 1,
+        )
+        check("updates", "a number of updates (0 or more) or null", self.updates is None or self.updates >= 0)
+        if self.updates is not None and self.update_every is not None:
+            problems.append("updates and update_every: give one of them, not both")
+        check("drop_fraction", "a share in [0, 1]", 0 <= self.drop_fraction <= 1)
+        check("drop_fraction_end", "a share in [0, 1]", 0 <= self.drop_fraction_end <= 1)
+        if 0 <= self.drop_fraction <= 1 and self.drop_fraction_end > self.drop_fraction:
+            problems.append(
+                f"drop_fraction_end: {self.drop_fraction_end} is above drop_fraction ({self.drop_fraction})"
+            )
+        check("stop_at", "a share in [0, 1]", 0 <= self.stop_at <= 1)
+        check("growth_batches", "a positive number of micro-batches", self.growth_batches >= 1)
+        check("floor", "a share in [0, 1)", 0 <= self.floor < 1)
+        return problems

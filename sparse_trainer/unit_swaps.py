@@ -1,0 +1,441 @@
+"""Heads and neurons that come and go: candidates, the probe that scores them, and the swap.
+
+The live network is compact: a block holds only its live units, in *slots* whose number never changes. A dormant
+unit is a *candidate*: its weights and nothing else. At an update one probe batch runs with the candidates attached
+behind gates that are 0; the gradients at the gates tell what each live unit is worth and what each candidate
+could be. A candidate enters with its input side as it is and its output side 0, so growth does not change the
+function, and the unit can learn from its first step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sparse_trainer.optimizer_state import is_second_moment, moments
+from sparse_trainer.units import UnitGroup, UnitSlice, constant_output, find_blocks, keep
+
+LossClosure = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One group's replacement: unit ``removed[i]`` left slot ``slots[i]``, ``added[i]`` came."""
+
+    slots: tuple[int, ...]
+    removed: tuple[int, ...]
+    added: tuple[int, ...]
+
+
+class LiveUnits:
+    """The live units and the candidates of one group (the heads, or the neurons, of one block)."""
+
+    def __init__(self, model: nn.Module, group: UnitGroup, live: Sequence[int]) -> None:
+        total = group.count()
+        parameters = dict(model.named_parameters())
+        self.group = group
+        self.total = total
+        self.live = list(live)  #: unit in each slot
+        self.dormant = [unit for unit in range(total) if unit not in set(live)]  #: unit of each candidate
+        self.candidates = {part.name: part.take(parameters[part.name].detach(), self.dormant) for part in group.slices}
+        self.credit = 0.0  #: share of a unit that is due to be replaced and was not yet
+        self.explored = set(live)
+        self.last = Swap((), (), ())
+
+    def follow_device(self, device: torch.device) -> None:
+        """Move the candidates to where the model is."""
+        self.candidates = {name: value.to(device) for name, value in self.candidates.items()}
+
+    def due(self, drop_fraction: float) -> int:
+        """How many units this update replaces; the fraction is carried over to the next.
+
+        Units are few, so rounding up at every update would replace a third of three heads each time. Never the
+        last unit, and never more than there are candidates.
+        """
+        self.credit += drop_fraction * len(self.live)
+        count = min(int(self.credit), len(self.dormant), len(self.live) - 1)
+        self.credit -= int(self.credit)
+        return max(count, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "live": list(self.live),
+            "dormant": list(self.dormant),
+            "candidates": {name: value.clone() for name, value in self.candidates.items()},
+            "credit": self.credit,
+            "explored": sorted(self.explored),
+            "last": [list(self.last.slots), list(self.last.removed), list(self.last.added)],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore.
+
+        Raises:
+            ValueError: if the state has another number of live units.
+        """
+        if len(state["live"]) != len(self.live) or len(state["dormant"]) != len(self.dormant):
+            raise ValueError(
+                f"{self.group.block}: the saved state has {len(state['live'])} live {self.group.kind}s, "
+                f"this model {len(self.live)}"
+            )
+        self.live, self.dormant = list(state["live"]), list(state["dormant"])
+        for name, value in state["candidates"].items():
+            self.candidates[name].copy_(value)
+        self.credit = float(state["credit"])
+        self.explored = set(state["explored"])
+        slots, removed, added = state["last"]
+        self.last = Swap(tuple(slots), tuple(removed), tuple(added))
+
+
+class UnitSwaps:
+    """All groups of a model that have dormant units.
+
+    Construction makes the model compact in place.
+
+    Args:
+        model: a timm ``VisionTransformer``, dense.
+        heads, neurons: live units per block (see :func:`sparse_trainer.budget.count_units`).
+        generator: draws the first live units.
+        start: ``random``, or ``score``: the best by the gate gradient of ``closure`` on the dense model; what is
+            removed then is folded into the output biases.
+        closure: the loss of one batch; needed by ``score``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: Mapping[str, int],
+        neurons: Mapping[str, int],
+        *,
+        generator: torch.Generator,
+        start: str = "random",
+        closure: LossClosure | None = None,
+    ) -> None:
+        self.model = model
+        self.blocks = find_blocks(model)
+        wanted = [
+            (group, count[name])
+            for name, block in self.blocks.items()
+            for group, count in ((block.heads, heads), (block.neurons, neurons))
+            if count[name] < group.count()
+        ]
+        scores: dict[int, Tensor] = {}
+        if start == "score":
+            if closure is None:
+                raise ValueError(
+                    'start: "score" needs the loss of a batch: SparsityScheduler(..., closure=lambda: loss)'
+                )
+            groups = [group for group, _ in wanted]
+            with _probing(model, [(group, {}) for group in groups]) as gates:
+                scores = dict(enumerate(_gate_scores(closure, gates)))
+        self.groups: list[LiveUnits] = []
+        for index, (group, count) in enumerate(wanted):
+            if start == "score":
+                chosen = scores[index].topk(count).indices
+            else:
+                chosen = torch.randperm(group.count(), generator=generator)[:count]
+            live = sorted(chosen.tolist())
+            self.groups.append(LiveUnits(model, group, live))
+            keep(model, group, live, fold_biases=start == "score")
+
+    def live(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Live units by block, in slot order, of ``head`` or ``neuron``; all of them where none is dormant."""
+        dense = {
+            name: tuple(range((block.heads if kind == "head" else block.neurons).count()))
+            for name, block in self.blocks.items()
+        }
+        return dense | {g.group.block: tuple(g.live) for g in self.groups if g.group.kind == kind}
+
+    def totals(self, kind: str) -> dict[str, int]:
+        """Units of each block in the dense network."""
+        counts = {name: len(units) for name, units in self.live(kind).items()}
+        return counts | {g.group.block: g.total for g in self.groups if g.group.kind == kind}
+
+    def update(
+        self,
+        closure: LossClosure,
+        drop_fraction: float,
+        *,
+        if_better: bool,
+        optimizer: torch.optim.Optimizer,
+        ema: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        seed_second_moments: bool = True,
+    ) -> tuple[dict[int, Swap], list[str]]:
+        """Probe, choose, swap. Weights, gradients, moments, EMA and biases change together.
+
+        Args:
+            closure: the loss of one batch, a forward pass without backward.
+            if_better: replace a unit only where a candidate's estimate is greater than its own.
+            masks: weight masks on the compact tensors; a slot keeps its mask, so the budget does not move.
+
+        Returns:
+            the swaps by index into :attr:`groups`, and warnings.
+        """
+        due = [units.due(drop_fraction) for units in self.groups]
+        if not any(due):
+            return {}, []
+        probed = [index for index, count in enumerate(due) if count]
+        with _probing(self.model, [(self.groups[i].group, self.groups[i].candidates) for i in probed]) as gates:
+            scores = _gate_scores(closure, gates)
+        if not all(bool(score.isfinite().all()) for score in scores):
+            return {}, ["a probe batch gave scores that are not finite: no unit was swapped"]
+        parameters = dict(self.model.named_parameters())
+        swaps, warnings = {}, []
+        for index, score in zip(probed, scores, strict=True):
+            units = self.groups[index]
+            swap = _choose(units, score, due[index], parameters, if_better)
+            if not swap.slots:
+                continue
+            if set(swap.added) == set(units.last.removed) and set(swap.removed) == set(units.last.added):
+                warnings.append(
+                    f"{units.group.block}: the {units.group.kind}s that came back are those that the update before "
+                    "removed; growth changes nothing here"
+                )
+            self._exchange(units, swap, parameters, optimizer, ema, masks, seed_second_moments)
+            units.last = swap
+            swaps[index] = swap
+        return swaps, warnings
+
+    @torch.no_grad()
+    def _exchange(
+        self,
+        units: LiveUnits,
+        swap: Swap,
+        parameters: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        ema: Mapping[str, Tensor],
+        masks: Mapping[str, Tensor],
+        seed_second_moments: bool,
+    ) -> None:
+        group = units.group
+        slots = torch.tensor(swap.slots)
+        places = torch.tensor([units.dormant.index(unit) for unit in swap.added])
+        for tensors in (parameters, ema):
+            if tensors and group.output_bias is not None:
+                constant = constant_output(group, tensors, slots)
+                if constant is not None:
+                    tensors[group.output_bias].data.add_(constant)
+        for part in group.slices:
+            parameter, store = parameters[part.name], units.candidates[part.name]
+            leaving = part.units(parameter.data)[slots].clone()
+            coming = part.units(store)[places].clone()
+            part.units(store)[places] = leaving.to(store.dtype)
+            if part in group.outputs:
+                coming.zero_()
+            if part.name in masks:
+                coming.mul_(part.units(masks[part.name])[slots])
+            part.units(parameter.data)[slots] = coming
+            if part.name in ema:
+                part.units(ema[part.name])[slots] = coming.to(ema[part.name].dtype)
+            if parameter.grad is not None:
+                part.units(parameter.grad)[slots] = 0
+            for key, value in moments(optimizer, parameter):
+                _restart_moments(part, key, value, slots, masks.get(part.name), seed_second_moments)
+        for slot, place, removed, added in zip(swap.slots, places.tolist(), swap.removed, swap.added, strict=True):
+            units.live[slot] = added
+            units.dormant[place] = removed
+        units.explored.update(swap.added)
+
+    def fresh(self, swaps: Mapping[int, Swap], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Bool masks over the elements of units that have just come, by parameter name."""
+        fresh: dict[str, Tensor] = {}
+        for index, swap in swaps.items():
+            for part in self.groups[index].group.slices:
+                if part.name in masks:
+                    mask = torch.zeros_like(masks[part.name])
+                    part.units(mask)[torch.tensor(swap.slots)] = True
+                    fresh[part.name] = mask
+        return fresh
+
+    def state_dict(self) -> dict[str, Any]:
+        return {f"{g.group.block}.{g.group.kind}": g.state_dict() for g in self.groups}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore; the model's tensors are restored by the model's own state dict."""
+        expected = {f"{g.group.block}.{g.group.kind}": g for g in self.groups}
+        if set(state) != set(expected):
+            odd = sorted(set(state) ^ set(expected))
+            raise ValueError(f"the saved units are of other blocks than the model's: {', '.join(odd[:4])}")
+        for name, group in expected.items():
+            group.load_state_dict(state[name])
+
+
+def _restart_moments(part: UnitSlice, key: str, value: Tensor, slots: Tensor, mask: Tensor | None, seed: bool) -> None:
+    """A unit that has just come has first moments 0 and second moments like those around it.
+
+    With second moments of 0 the bias correction of Adam, which knows only the step number, would make its first
+    steps several times the learning rate.
+    """
+    by_unit = part.units(value)
+    start: Tensor | float = 0.0
+    if seed and is_second_moment(key):
+        stays = torch.ones(by_unit.shape[0], dtype=torch.bool, device=value.device)
+        stays[slots] = False
+        if bool(stays.any()):
+            alive = part.units(mask)[stays] if mask is not None else torch.ones_like(by_unit[stays], dtype=torch.bool)
+            start = by_unit[stays].sum() / alive.sum().clamp(min=1)
+    by_unit[slots] = start
+    if mask is not None:
+        value.mul_(mask)
+
+
+def _choose(
+    units: LiveUnits,
+    score: Tensor,
+    count: int,
+    parameters: Mapping[str, nn.Parameter],
+    if_better: bool,
+) -> Swap:
+    """The weakest live units and the strongest candidates, paired worst with best; ties go to the lower place."""
+    live = len(units.live)
+    loss, gain = score[:live], score[live:]
+    ranking = loss
+    if units.group.kind == "neuron" and not if_better:
+        # Neurons are many and a batch says little about each; their magnitude is the steadier order (S2ViTE).
+        ranking = torch.stack(
+            [
+                part.units(parameters[part.name].detach()).flatten(1).abs().sum(dim=1)
+                for part in units.group.slices
+                if parameters[part.name].ndim > 1
+            ]
+        ).sum(dim=0)
+    slots = ranking.argsort(stable=True)[:count]
+    places = gain.argsort(stable=True, descending=True)[:count]
+    if if_better:
+        better = gain[places] > loss[slots]
+        slots, places = slots[better], places[better]
+    return Swap(
+        tuple(slots.tolist()),
+        tuple(units.live[slot] for slot in slots.tolist()),
+        tuple(units.dormant[place] for place in places.tolist()),
+    )
+
+
+class _Gate:
+    """Multiplies the activations of each unit, per sample, at the input of the Linear that writes them."""
+
+    def __init__(self, group: UnitGroup, live: int, candidates: int) -> None:
+        self.group = group
+        self.live, self.candidates = live, candidates
+        self.values: list[Tensor] = []  # one per forward pass, [B, units]
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        activation, *rest = arguments  # [B, N, units * size]
+        samples = activation.shape[0]
+        # float32 gates, so that their gradients are summed in float32 under autocast too
+        value = torch.cat(
+            [
+                activation.new_ones(samples, self.live, dtype=torch.float32),
+                activation.new_zeros(samples, self.candidates, dtype=torch.float32),
+            ],
+            dim=1,
+        ).requires_grad_()
+        self.values.append(value)
+        gate = value.repeat_interleave(self.group.size, dim=1).to(activation.dtype)
+        return (activation * gate.view(samples, *[1] * (activation.ndim - 2), -1), *rest)
+
+
+@contextlib.contextmanager
+def _probing(model: nn.Module, groups: Sequence[tuple[UnitGroup, Mapping[str, Tensor]]]) -> Iterator[list[_Gate]]:
+    """Attach candidates behind gates that are 0 for as long as the context lasts.
+
+    Nothing remains of it: parameters keep their identity (only their data is exchanged for a while), random
+    states, buffers and generators are put back, and compiled code is bypassed, so that it is not compiled again.
+    """
+    parameters = dict(model.named_parameters())
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_leaving_no_trace(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        gates = []
+        for group, candidates in groups:
+            live = group.count()
+            dormant = 0
+            if candidates:
+                first = group.outputs[0]
+                dormant = first.units(candidates[first.name]).shape[0]
+                stack.callback(group.set_count, live)  # runs last, when the tensors are back
+                for part in group.slices:
+                    stack.enter_context(
+                        _exchanged(
+                            parameters[part.name],
+                            part.join(parameters[part.name].data, candidates[part.name]),
+                        )
+                    )
+                group.set_count(live + dormant)
+            gate = _Gate(group, live, dormant)
+            stack.enter_context(contextlib.closing(_Handle(group.writer.register_forward_pre_hook(gate))))
+            gates.append(gate)
+        yield gates
+
+
+class _Handle:
+    def __init__(self, handle: Any) -> None:
+        self.close = handle.remove
+
+
+@contextlib.contextmanager
+def _exchanged(parameter: nn.Parameter, data: Tensor) -> Iterator[None]:
+    before = parameter.data
+    parameter.data = data
+    try:
+        yield
+    finally:
+        parameter.data = before
+
+
+@contextlib.contextmanager
+def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Put back random states, buffers and extra state (a selector's generator) on leaving."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    extra = {
+        module: module.get_extra_state()
+        for module in model.modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    }
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=[device.index or 0 for device in devices]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        for module, state in extra.items():
+            module.set_extra_state(state)
+
+
+def _gate_scores(closure: LossClosure, gates: Sequence[_Gate]) -> list[Tensor]:
+    """Mean over samples of the size of the gradient at each gate: ``[units]``, live ones first, then candidates.
+
+    At a live unit this is ``|sum(A * dL/dA)|``, the first-order change of the loss when the unit goes (Michel et
+    al. 2019); at a candidate the change when it comes. Both estimate the same thing, so they can be compared.
+    """
+    with torch.enable_grad():
+        loss = closure()
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.grad_fn is None:
+        raise ValueError("scheduler.step(closure): the closure must return the loss, a tensor with a graph")
+    if not all(gate.values for gate in gates):
+        raise ValueError("scheduler.step(closure): the closure did not run the model that is being trained")
+    values = [value for gate in gates for value in gate.values]
+    gradients = iter(torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True))
+    scores = []
+    for gate in gates:
+        # The loss is a mean over the samples, so the sum of their gradients' sizes is the mean of each one's own.
+        score = torch.stack([next(gradients).abs().sum(dim=0) for _ in gate.values]).sum(dim=0)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(score)
+            score /= dist.get_world_size()
+        scores.append(score.cpu())
+    return scores

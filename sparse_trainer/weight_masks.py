@@ -1,0 +1,314 @@
+"""The masks of single weights: their hooks, the growth gradient, and one update of all layers.
+
+Between updates the only memory beyond the dense network is one bool per prunable weight (and one bit for the
+exploration rate). The dense growth gradient exists only on the steps that collect it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from sparse_trainer.budget import allocate
+from sparse_trainer.masks import (
+    MaskChange,
+    count_bits,
+    largest_per_segment,
+    pack_bits,
+    prune_and_grow,
+    random_mask,
+    replaceable,
+    unpack_bits,
+)
+from sparse_trainer.optimizer_state import carry_over
+from sparse_trainer.report import LayerUpdate
+from sparse_trainer.sparsity_config import SparsityConfig
+
+
+class GrowthGradient:
+    """The mean dense gradient over the steps just before an update.
+
+    Gradients are taken as they arrive in a backward pass, before the dead ones are zeroed, and are brought to the
+    units in which the optimizer sees the live ones: loss scaling, gradient accumulation and clipping are undone
+    or applied by the one factor that maps the collected live gradient onto the optimizer's.
+    """
+
+    def __init__(self) -> None:
+        self.collecting = False
+        self._step: dict[str, Tensor] = {}  # summed over the backward passes of this optimizer step
+        self._mean: dict[str, Tensor] = {}  # summed over the optimizer steps collected so far
+        self._steps = 0
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add the gradient of one backward pass."""
+        if name in self._step:
+            self._step[name].add_(gradient)
+        else:
+            self._step[name] = gradient.detach().clone()
+
+    def finish_step(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
+        """Take over what this optimizer step collected; called just before the optimizer steps.
+
+        A step whose gradients are not finite is left out.
+        """
+        step, self._step = self._step, {}
+        if not step:
+            return
+        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if world > 1:
+            # The signed mean, so that every process ranks the gradient of the global batch.
+            for name in parameters:
+                gradient = step.setdefault(name, torch.zeros_like(parameters[name]))
+                dist.all_reduce(gradient)
+                gradient.div_(world)
+        first = next(iter(step.values()))
+        seen = torch.zeros((), dtype=torch.float64, device=first.device)
+        collected = seen.clone()
+        for name, gradient in step.items():
+            live = gradient * masks[name]
+            optimizer_gradient = parameters[name].grad
+            if optimizer_gradient is not None:
+                seen += torch.sum(optimizer_gradient.float() * live, dtype=torch.float64)
+            collected += torch.sum(live * live, dtype=torch.float64)
+        factor = float(seen / collected) if float(collected) > 0 else 1.0
+        # Not finite in any element makes the live sums or this product so; then nothing may be ranked by it.
+        if not math.isfinite(factor) or not all(bool(g.sum().isfinite()) for g in step.values()):
+            return
+        if factor <= 0:  # the optimizer saw no gradient, or one that has nothing to do with the backward passes
+            factor = 1.0
+        for name, gradient in step.items():
+            gradient.mul_(factor)
+            if name in self._mean:
+                self._mean[name].add_(gradient)
+            else:
+                self._mean[name] = gradient
+        self._steps += 1
+
+    def drop_step(self) -> None:
+        """Forget what was collected since the last optimizer step, which was skipped."""
+        self._step.clear()
+
+    def take(self) -> dict[str, Tensor]:
+        """The mean gradient by name, empty if nothing finite was collected; the accumulators are freed."""
+        mean, steps = self._mean, self._steps
+        self._step, self._mean, self._steps = {}, {}, 0
+        for gradient in mean.values():
+            gradient.div_(steps)
+        return mean
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": dict(self._mean), "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+        self._mean = {name: value.to(parameters[name].device).clone() for name, value in state["mean"].items()}
+        self._steps = int(state["steps"])
+        self._step = {}
+
+
+class WeightMasks:
+    """Masks over single weights under one exact count.
+
+    Args:
+        parameters: the prunable weights by name. Their dead elements are set to 0 here.
+        live: live elements over all of them.
+        config: distribution, growth and seed.
+
+    Raises:
+        ValueError: if the budget does not fit.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], live: int, config: SparsityConfig) -> None:
+        self.parameters = dict(parameters)
+        self.config = config
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.growth = GrowthGradient()
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        self.allocation = allocate(shapes, live, config.distribution)
+        self.masks = {
+            name: random_mask(shape, self.allocation[name], self.generator).to(self.parameters[name].device)
+            for name, shape in shapes.items()
+        }
+        self._ever_live = {name: pack_bits(mask) for name, mask in self.masks.items()}
+        self._handles: list[RemovableHandle] = []
+        self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set every dead weight to 0 (exactly, whatever its value was)."""
+        self.follow_device()
+        for name, parameter in self.parameters.items():
+            parameter.masked_fill_(~self.masks[name], 0.0)
+
+    def follow_device(self) -> None:
+        """Move the masks to where their weights are."""
+        for name, parameter in self.parameters.items():
+            if self.masks[name].device != parameter.device:
+                self.masks[name] = self.masks[name].to(parameter.device)
+
+    def live_count(self) -> int:
+        """Live elements, counted on the masks."""
+        return sum(int(mask.count_nonzero()) for mask in self.masks.values())
+
+    def install(self) -> None:
+        """Hook the gradients, so that nothing after a backward pass sees a dead one."""
+        for name, parameter in self.parameters.items():
+            self._handles.append(parameter.register_hook(self._collector(name)))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(self._masker(name)))
+
+    def remove(self) -> None:
+        """Take the hooks away again."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _collector(self, name: str) -> Any:
+        def collect(gradient: Tensor) -> None:
+            if self.growth.collecting:
+                self.growth.add(name, gradient)
+
+        return collect
+
+    def _masker(self, name: str) -> Any:
+        def mask_gradient(parameter: Tensor) -> None:
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.masks[name])
+
+        return mask_gradient
+
+    @torch.no_grad()
+    def update(
+        self,
+        drop_fraction: float,
+        optimizer: torch.optim.Optimizer,
+        ema: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
+    ) -> dict[str, LayerUpdate]:
+        """One prune-and-grow over all layers. Weights, gradients, moments and the EMA change together.
+
+        Args:
+            drop_fraction: share of the live elements to replace.
+            ema: EMA copies of the weights by name; may be empty.
+            frozen: bool masks by name of elements that this update must leave alone (units that just came).
+        """
+        gradients = self.growth.take() if self.config.grow == "gradient" else {}
+        if self.config.grow == "gradient" and not gradients:
+            return {}
+        eligible = {name: ~mask for name, mask in frozen.items()}
+        report = {}
+        for name, change in self._choose(drop_fraction, gradients, eligible):
+            parameter, mask = self.parameters[name], self.masks[name]
+            mask.copy_(change.live)
+            parameter.mul_(mask)
+            if parameter.grad is not None:
+                parameter.grad.mul_(mask)
+            if name in ema:
+                ema[name].mul_(mask)
+            seed = gradients.get(name) if self.config.seed_second_moments else None
+            carry_over(optimizer, parameter, mask, change.added, seed)
+            gradients.pop(name, None)
+            self._ever_live[name] |= pack_bits(mask)
+            report[name] = LayerUpdate(
+                pruned=int(change.removed.count_nonzero()),
+                grown=int(change.added.count_nonzero()),
+                live=int(mask.count_nonzero()),
+                total=mask.numel(),
+                explored=count_bits(self._ever_live[name]),
+                threshold=change.threshold,
+            )
+        return report
+
+    def _choose(self, drop_fraction: float, gradients: Mapping[str, Tensor], eligible: Mapping[str, Tensor]) -> Any:
+        """Yield each layer's name and :class:`MaskChange`; layer by layer, or over all at one threshold."""
+        if self.config.distribution == "global":
+            yield from self._choose_globally(drop_fraction, gradients, eligible).items()
+            return
+        for name, parameter in self.parameters.items():
+            mask, inside = self.masks[name], eligible.get(name)
+            count = replaceable(mask, drop_fraction, inside)
+            score = self._growth_score(name, gradients)
+            yield (
+                name,
+                prune_and_grow(parameter, mask, score, count, regrow=self.config.regrow, eligible=inside),
+            )
+
+    def _choose_globally(
+        self, drop_fraction: float, gradients: Mapping[str, Tensor], eligible: Mapping[str, Tensor]
+    ) -> dict[str, MaskChange]:
+        """One magnitude threshold and one gradient threshold over all layers, none below its floor."""
+        names = list(self.parameters)
+        sizes = [self.parameters[name].numel() for name in names]
+        weight = torch.cat([self.parameters[name].detach().reshape(-1) for name in names])
+        live = torch.cat([self.masks[name].reshape(-1) for name in names])
+        score = torch.cat([self._growth_score(name, gradients).reshape(-1) for name in names])
+        inside = torch.cat([eligible.get(name, torch.ones_like(self.masks[name])).reshape(-1) for name in names])
+        # The strongest weights of each layer, up to its floor, are not up for pruning.
+        floors = [
+            min(max(1, int(self.config.floor * size)), int(self.masks[name].count_nonzero()))
+            for name, size in zip(names, sizes, strict=True)
+        ]
+        kept = largest_per_segment(weight.abs().float(), live, sizes, floors)
+        inside = inside & ~(kept & live)
+        count = min(
+            round(drop_fraction * int(live.count_nonzero())),
+            int((live & inside).count_nonzero()),
+            int((inside & ~live).count_nonzero()),
+        )
+        change = prune_and_grow(weight, live, score, count, regrow=self.config.regrow, eligible=inside)
+        shapes = [self.masks[name].shape for name in names]
+        parts = zip(
+            names,
+            shapes,
+            change.live.split(sizes),
+            change.removed.split(sizes),
+            change.added.split(sizes),
+            strict=True,
+        )
+        return {
+            name: MaskChange(after.view(shape), removed.view(shape), added.view(shape), change.threshold)
+            for name, shape, after, removed, added in parts
+        }
+
+    def _growth_score(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
+        parameter = self.parameters[name]
+        if self.config.grow == "gradient":
+            return gradients[name].abs().float() if name in gradients else torch.zeros_like(parameter)
+        return torch.rand(parameter.shape, generator=self.generator).to(parameter.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "masks": {name: pack_bits(mask) for name, mask in self.masks.items()},
+            "ever_live": {name: bits.clone() for name, bits in self._ever_live.items()},
+            "generator": self.generator.get_state(),
+            "growth": self.growth.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore masks, exploration, generator and the growth gradient.
+
+        Raises:
+            ValueError: if the state is of other layers or of another budget.
+        """
+        expected, found = set(self.masks), set(state["masks"])
+        if expected != found:
+            odd = sorted(expected ^ found)
+            raise ValueError(f"the saved masks are of other layers than the model's: {', '.join(odd[:4])}")
+        masks = {
+            name: unpack_bits(bits, self.masks[name].numel()).view(self.masks[name].shape)
+            for name, bits in state["masks"].items()
+        }
+        live = sum(int(mask.count_nonzero()) for mask in masks.values())
+        if live != sum(self.allocation.values()):
+            raise ValueError(
+                f"the saved masks have {live:,} live elements, the budget is {sum(self.allocation.values()):,}"
+            )
+        for name, mask in masks.items():
+            self.masks[name].copy_(mask)
+            self._ever_live[name] = state["ever_live"][name].clone()
+        self.generator.set_state(state["generator"])
+        self.growth.load_state_dict(state["growth"], self.parameters)
+        self.apply()

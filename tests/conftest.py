@@ -1,0 +1,45 @@
+"""A tiny two-block DeiT, and data for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+TINY = {
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 3,
+    "in_chans": 1,
+    "num_classes": 5,
+}
+"""Arguments that make timm's DeiT names tiny: 16 patches, 3 heads of 8, 96 neurons."""
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_deit() -> Callable[..., nn.Module]:
+    """Factory of the tiny DeiT: the same seed gives the same weights."""
+
+    def create(seed: int = 0, name: str = "deit_tiny_patch16_224", **arguments: Any) -> nn.Module:
+        torch.manual_seed(seed)
+        return timm.create_model(name, **{**TINY, **arguments})
+
+    return create
+
+
+@pytest.fixture
+def tiny_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Images ``[8, 1, 16, 16]`` and targets ``[8]``."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(8, 1, 16, 16, generator=generator), torch.randint(5, (8,), generator=generator)

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparse_trainer import SparsityConfig, SparsityScheduler, flops
+from sparse_trainer.units import compact
+
+Factory = Callable[..., nn.Module]
+
+
+def counted_by_torch(model: nn.Module, image: Tensor) -> float:
+    """Half the floating-point operations that torch counts: a multiply-accumulate is two."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
+    return counter.get_total_flops() / 2
+
+
+def test_block_by_hand() -> None:
+    # n=2, D=3, h*d=4, m=5: qkv 2*3*12=72, scores and mix 2*4*4=32, proj 2*4*3=24, mlp 2*2*3*5=60
+    assert flops.block_macs(2, 3, 2, 2, 5) == 72 + 32 + 24 + 60
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"name": "deit_tiny_distilled_patch16_224"},
+        {"name": "deit3_small_patch16_224"},
+        {"name": "vit_tiny_patch16_224", "reg_tokens": 4},
+        {"name": "vit_tiny_patch16_224", "mlp_layer": timm.layers.SwiGLUPacked},
+    ],
+)
+@pytest.mark.parametrize("small", [False, True])
+def test_agrees_with_torch(tiny_deit: Factory, arguments: dict[str, object], small: bool) -> None:
+    model = tiny_deit(**arguments).eval()
+    if small:
+        compact(model, {"blocks.0": [1], "blocks.1": [0, 2]}, {"blocks.0": range(10), "blocks.1": range(33)})
+    image = torch.randn(1, 1, 16, 16)
+    expected = counted_by_torch(model, image)
+    assert flops.count(model).macs == pytest.approx(expected, rel=0.01)
+    by_running = flops.count(model, input_size=(1, 16, 16)).macs  # all but the attention products
+    products = sum(layer.macs for name, layer in flops.count(model).layers.items() if name.endswith(".attn"))
+    assert by_running + products == flops.count(model).macs
+
+
+def test_a_convolutional_network_agrees_with_torch() -> None:
+    model = timm.create_model("resnet10t", num_classes=5).eval()
+    expected = counted_by_torch(model, torch.randn(1, 3, 64, 64))
+    assert flops.count(model, input_size=(3, 64, 64)).macs == pytest.approx(expected, rel=0.01)
+    assert not model.training
+
+
+@pytest.mark.parametrize(("name", "giga"), [("tiny", 1.26), ("small", 4.6), ("base", 17.6)])
+def test_deit_has_its_published_cost(name: str, giga: float) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(f"deit_{name}_patch16_224")
+    assert flops.count(model).macs / 1e9 == pytest.approx(giga, rel=0.01)
+
+
+def test_masks_count_their_live_share(tiny_deit: Factory) -> None:
+    model = tiny_deit()
+    dense = flops.count(model)
+    scheduler = SparsityScheduler(model, SparsityConfig(density=0.5, distribution="uniform"), total_steps=10)
+    sparse = flops.count(model, scheduler.masks)
+    products = sum(layer.macs for name, layer in dense.layers.items() if name.endswith(".attn"))
+    assert sparse.macs == dense.macs
+    assert sparse.live_macs - products == pytest.approx((dense.macs - products) / 2, rel=1e-3)
+    assert dense.live_parameters - sparse.live_parameters == scheduler.budget.total - scheduler.budget.live
+
+
+def test_tokens(tiny_deit: Factory) -> None:
+    model = tiny_deit()
+    dense = flops.count(model)
+    fewer = flops.count(model, tokens=[17, 9])
+    assert dense.macs - fewer.macs == flops.block_macs(17, 24, 3, 8, 96) - flops.block_macs(9, 24, 3, 8, 96)
+    tokens = torch.tensor([[17.0, 17.0], [17.0, 9.0]], requires_grad=True)
+    found = flops.model_macs(model, tokens)
+    assert found.tolist() == [dense.macs, fewer.macs]
+    found.sum().backward()
+    assert tokens.grad is not None
+    assert (tokens.grad > 0).all()
+    with pytest.raises(ValueError, match="3 numbers were given for 2 blocks"):
+        flops.count(model, tokens=[1, 2, 3])
+
+
+def test_gated_mlp_in_the_differentiable_form(tiny_deit: Factory) -> None:
+    for layer in (timm.layers.SwiGLUPacked, timm.layers.SwiGLU):
+        model = tiny_deit(name="vit_tiny_patch16_224", mlp_layer=layer)
+        assert flops.model_macs(model, torch.full((1, 2), 17.0)).item() == flops.count(model).macs
+
+
+def test_other_modules_need_an_input_size() -> None:
+    with pytest.raises(ValueError, match="give input_size"):
+        flops.count(nn.Linear(2, 2))

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+
+from sparse_trainer.optimizer_state import SUPPORTED, check_supported, moments
+
+NAMES = [
+    *("sgd", "momentum", "sgdw", "sgdp", "adam", "adamw", "adamwlegacy", "nadam", "nadamw", "radam", "adamp"),
+    *(
+        "lamb",
+        "lars",
+        "lion",
+        "adan",
+        "adopt",
+        "laprop",
+        "mars",
+        "madgrad",
+        "rmsprop",
+        "adadelta",
+        "novograd",
+    ),
+    *("cadamw", "clion", "nadamlegacy", "radamlegacy"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_supported_optimizer_leaves_dead_weights_alone(name: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 6)
+    mask = torch.rand(6, 8) < 0.5
+    layer.weight.data.mul_(mask)
+    optimizer = create_optimizer_v2(layer, opt=name, lr=1e-2, weight_decay=0.05)
+    check_supported(optimizer)
+    for _ in range(4):
+        layer.weight.grad, layer.bias.grad = torch.randn(6, 8) * mask, torch.randn(6)
+        optimizer.step()
+    assert (layer.weight[~mask] == 0).all()
+    assert (layer.weight[mask] != 0).all()
+    for _, value in moments(optimizer, layer.weight):
+        assert (value[~mask] == 0).all()
+
+
+def test_every_supported_class_is_covered() -> None:
+    layer = nn.Linear(2, 2)
+    classes = {type(create_optimizer_v2(layer, opt=name, lr=0.1)).__name__ for name in NAMES}
+    assert classes == {name for names in SUPPORTED.values() for name in names}
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon", "adabelief", "rmsproptf", "adamax"])
+def test_others_are_refused_by_name(name: str) -> None:
+    optimizer = create_optimizer_v2(nn.Linear(2, 2), opt=name, lr=0.1)
+    with pytest.raises(ValueError, match=f"{type(optimizer).__name__}: its state is not understood"):
+        check_supported(optimizer)
+
+
+def test_a_subclass_with_state_of_its_own_is_caught() -> None:
+    class Odd(torch.optim.SGD):
+        pass
+
+    layer = nn.Linear(2, 2)
+    optimizer = Odd(layer.parameters(), lr=0.1)
+    check_supported(optimizer)
+    optimizer.state[layer.weight]["secret"] = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="'secret' holds one value per weight"):
+        list(moments(optimizer, layer.weight))

@@ -1,0 +1,517 @@
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from sparse_trainer import MaskUpdate, SparsityConfig, SparsityScheduler
+from sparse_trainer.unit_swaps import LiveUnits, _gate_scores, _probing
+from sparse_trainer.units import find_blocks
+from tests.conftest import TINY
+from tests.test_scheduler import assert_invariants
+
+Factory = Callable[..., nn.Module]
+Batch = tuple[Tensor, Tensor]
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is rounded to:UserWarning", "ignore:.*growth changes nothing:UserWarning"
+)
+
+
+def structured(**changes: Any) -> SparsityConfig:
+    defaults: dict[str, Any] = {
+        "density": None,
+        "head_density": 0.67,
+        "neuron_density": 0.6,
+        "update_every": 1,
+        "drop_fraction": 0.6,
+        "swap": "always",
+    }
+    return SparsityConfig(**{**defaults, **changes})
+
+
+def prepare(
+    model: nn.Module, config: SparsityConfig, total_steps: int = 100, lr: float = 1e-2
+) -> tuple[SparsityScheduler, torch.optim.Optimizer, ModelEmaV3]:
+    scheduler = SparsityScheduler(model, config, total_steps=total_steps)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    ema = ModelEmaV3(model, decay=0.9)
+    scheduler.attach(optimizer, ema=ema)
+    return scheduler, optimizer, ema
+
+
+def train_step(
+    model: nn.Module, scheduler: SparsityScheduler, optimizer: torch.optim.Optimizer, ema: ModelEmaV3, seed: int
+) -> MaskUpdate | None:
+    generator = torch.Generator().manual_seed(seed)
+    images, targets = torch.randn(8, 1, 16, 16, generator=generator), torch.randint(5, (8,), generator=generator)
+    optimizer.zero_grad()
+    F.cross_entropy(model(images), targets).backward()
+    optimizer.step()
+    update = scheduler.step(lambda: F.cross_entropy(model(images), targets))
+    ema.update(model)
+    return update
+
+
+def test_the_network_is_the_small_one(tiny_deit: Factory) -> None:
+    model = tiny_deit()
+    scheduler = SparsityScheduler(model, structured(), total_steps=10)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert shapes["blocks.0.attn.qkv.weight"] == (3 * 2 * 8, 24)
+    assert shapes["blocks.0.attn.proj.weight"] == (24, 2 * 8)
+    assert shapes["blocks.0.mlp.fc1.weight"] == (58, 24)
+    assert shapes["blocks.0.mlp.fc2.weight"] == (24, 58)
+    assert {len(units) for units in scheduler.live_heads.values()} == {2}
+    assert scheduler.dense_neurons == {"blocks.0": 96, "blocks.1": 96}
+    prunable = sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    assert scheduler.budget.live == prunable < scheduler.budget.total
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    heads=st.sampled_from([0.34, 0.67, 1.0]),
+    neurons=st.floats(0.05, 1.0),
+    share=st.sampled_from([None, 0.3, 0.9]),
+    swap=st.sampled_from(["always", "if_better"]),
+    distribution=st.sampled_from(["erk", "global"]),
+)
+def test_budget_and_invariants_hold_together(
+    heads: float, neurons: float, share: float | None, swap: str, distribution: str
+) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", **TINY)
+    total = sum(m.weight.numel() for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    compact_total = SparsityScheduler(
+        copy.deepcopy(model), structured(head_density=heads, neuron_density=neurons), total_steps=9
+    ).budget.live
+    live = round(share * compact_total) if share else None
+    config = structured(
+        head_density=heads, neuron_density=neurons, live_parameters=live, swap=swap, distribution=distribution
+    )
+    scheduler, optimizer, ema = prepare(model, config, 10)
+    assert scheduler.budget.total == total
+    assert scheduler.budget.live == (live or compact_total)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for seed in range(4):
+        assert train_step(model, scheduler, optimizer, ema, seed) is not None
+        assert scheduler.budget.live == (live or compact_total)
+        assert {name: p.shape for name, p in model.named_parameters()} == shapes
+        if live:
+            assert_invariants(scheduler, optimizer, live, ema.module)
+        for units in (*scheduler.live_heads.values(), *scheduler.live_neurons.values()):
+            assert len(set(units)) == len(units)
+
+
+def test_growth_is_not_a_no_op(tiny_deit: Factory) -> None:
+    """After 10 updates units that were never live at the start are live, and they have learned."""
+    model = tiny_deit()
+    scheduler, optimizer, ema = prepare(model, structured())
+    start_heads, start_neurons = scheduler.live_heads, scheduler.live_neurons
+    assert scheduler._units is not None
+    born = {
+        (group.group.block, group.group.kind, unit): {
+            part.name: part.units(group.candidates[part.name])[place].clone() for part in group.group.slices
+        }
+        for group in scheduler._units.groups
+        for place, unit in enumerate(group.dormant)
+    }
+    for seed in range(10):
+        assert train_step(model, scheduler, optimizer, ema, seed) is not None
+    for seed in range(10, 13):  # the last that came learn too
+        scheduler.schedule.__dict__["update_steps"] = ()
+        train_step(model, scheduler, optimizer, ema, seed)
+    parameters = dict(model.named_parameters())
+    came = 0
+    for group in scheduler._units.groups:
+        start = (start_heads if group.group.kind == "head" else start_neurons)[group.group.block]
+        for slot, unit in enumerate(group.live):
+            if unit in start:
+                continue
+            came += 1
+            for part in group.group.slices:
+                now = part.units(parameters[part.name].detach())[slot]
+                if part.name.endswith("weight"):
+                    assert (now != born[group.group.block, group.group.kind, unit][part.name]).float().mean() > 0.99
+                    assert now.std() > 0
+            if group.group.kind == "head":
+                q, k = group.group.inputs[0].units(parameters[group.group.inputs[0].name].detach())[slot][:2]
+                assert q.std() > 1e-3
+                assert k.std() > 1e-3
+    assert came >= 10
+
+
+def test_growth_preserves_the_function(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    """Units that write nothing are replaced: the logits stay, to 1e-6."""
+    model = tiny_deit()
+    scheduler, optimizer, ema = prepare(model, structured())
+    assert scheduler._units is not None
+    parameters = dict(model.named_parameters())
+    for group in scheduler._units.groups:
+        part = group.group.outputs[0]
+        part.units(parameters[part.name].data)[0] = 0  # the weakest of all, so the one that leaves
+    images, targets = tiny_batch
+    model.eval()
+    before = model(images)
+    swaps, _ = scheduler._units.update(
+        lambda: F.cross_entropy(model(images), targets),
+        0.5 / 1,
+        if_better=False,
+        optimizer=optimizer,
+        ema=dict(ema.module.named_parameters()),
+        masks={},
+    )
+    heads = [swap for index, swap in swaps.items() if scheduler._units.groups[index].group.kind == "head"]
+    assert len(heads) == 2
+    assert all(swap.slots == (0,) for swap in heads)
+    # neurons: undo all swaps but those of the dead slot by comparing heads alone
+    only_heads = tiny_deit()
+    scheduler, optimizer, ema = prepare(only_heads, structured(neuron_density=1.0))
+    assert scheduler._units is not None
+    for group in scheduler._units.groups:
+        part = group.group.outputs[0]
+        part.units(dict(only_heads.named_parameters())[part.name].data)[0] = 0
+    only_heads.eval()
+    before = only_heads(images)
+    scheduler._units.update(
+        lambda: F.cross_entropy(only_heads(images), targets),
+        0.5,
+        if_better=False,
+        optimizer=optimizer,
+        ema={},
+        masks={},
+    )
+    torch.testing.assert_close(only_heads(images), before, atol=1e-6, rtol=0)
+
+
+def test_a_grown_neuron_preserves_the_function(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    model = tiny_deit()
+    scheduler, optimizer, _ = prepare(model, structured(head_density=1.0))
+    assert scheduler._units is not None
+    parameters = dict(model.named_parameters())
+    for group in scheduler._units.groups:
+        for part in group.group.slices:  # 29 of 58 are nothing at all: those are the least by magnitude
+            part.units(parameters[part.name].data)[:29] = 0
+    model.eval()
+    before = model(tiny_batch[0])
+    swaps, _ = scheduler._units.update(
+        lambda: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]),
+        0.5,
+        if_better=False,
+        optimizer=optimizer,
+        ema={},
+        masks={},
+    )
+    assert all(sorted(swap.slots) == list(range(29)) for swap in swaps.values())
+    torch.testing.assert_close(model(tiny_batch[0]), before, atol=1e-6, rtol=0)
+
+
+def test_gate_scores_equal_their_definition(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    """Live: mean over samples of |sum(A * dL/dA)|; a candidate: the finite difference of its gate."""
+    model = tiny_deit().double()
+    images, targets = tiny_batch[0].double(), tiny_batch[1]
+    scheduler = SparsityScheduler(model, structured(neuron_density=1.0), total_steps=10)
+    assert scheduler._units is not None
+    groups = scheduler._units.groups
+    for group in groups:
+        group.candidates = {name: value.double() for name, value in group.candidates.items()}
+    with _probing(model, [(group.group, group.candidates) for group in groups]) as gates:
+        scores = _gate_scores(lambda: F.cross_entropy(model(images), targets), gates)
+    activations: list[Tensor] = []
+
+    def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        arguments[0].retain_grad()
+        activations.append(arguments[0])
+
+    handles = [group.group.writer.register_forward_pre_hook(keep) for group in groups]
+    F.cross_entropy(model(images), targets, reduction="none").sum().backward()
+    for handle in handles:
+        handle.remove()
+    for activation, score in zip(activations, scores, strict=True):
+        assert activation.grad is not None
+        by_head = (activation * activation.grad).unflatten(2, (2, 8)).sum(dim=(1, 3)).abs().mean(dim=0)
+        torch.testing.assert_close(score[:2].double(), by_head.detach(), rtol=1e-5, atol=1e-9)
+
+    def loss_with_gate(value: float) -> Tensor:
+        with torch.no_grad(), _probing(model, [(group.group, group.candidates) for group in groups[:1]]) as gates:
+            gate = gates[0]
+            group = groups[0]
+            part = group.group.outputs[0]
+            columns = part.units(dict(model.named_parameters())[part.name].data)
+            columns[2] *= value
+            gate.candidates, gate.live = 0, 3
+            return F.cross_entropy(model(images), targets, reduction="none")
+
+    step = 1e-4
+    slope = (loss_with_gate(step) - loss_with_gate(-step)) / (2 * step)
+    torch.testing.assert_close(scores[0][2].double(), slope.abs().mean(), rtol=1e-3, atol=1e-8)
+
+
+def test_the_probe_leaves_no_trace(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    model = tiny_deit(drop_path_rate=0.3, proj_drop_rate=0.1)
+    model.register_buffer("running", torch.zeros(1))
+    scheduler, optimizer, ema = prepare(model, structured(swap="if_better"))
+    train_step(model, scheduler, optimizer, ema, 0)
+    assert scheduler._units is not None
+    groups = scheduler._units.groups
+    identities = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    random_states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())  # noqa: NPY002
+    layout = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
+
+    def closure() -> Tensor:
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        model.get_buffer("running").add_(1)
+        return F.cross_entropy(model(tiny_batch[0]), tiny_batch[1])
+
+    with _probing(model, [(group.group, group.candidates) for group in groups]) as gates:
+        assert find_blocks(model)["blocks.0"].heads.count() == 3
+        _gate_scores(closure, gates)
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == identities
+    for old, new in ((before[0], model.state_dict()), (before[1]["state"][0], optimizer.state_dict()["state"][0])):
+        assert all(torch.equal(value, new[key]) for key, value in old.items())
+    assert all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters() if p.grad is not None)
+    assert torch.equal(torch.get_rng_state(), random_states[0])
+    assert random.getstate() == random_states[1]
+    assert (np.random.get_state()[1] == random_states[2]).all()  # noqa: NPY002
+    assert layout == [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert {block.heads.owner.num_heads for block in find_blocks(model).values()} == {2}
+
+
+def test_an_interrupted_probe_leaves_no_trace_either(tiny_deit: Factory) -> None:
+    model = tiny_deit()
+    scheduler, optimizer, _ = prepare(model, structured())
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    optimizer.step()
+
+    def closure() -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step(closure)
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert find_blocks(model)["blocks.0"].heads.owner.num_heads == 2
+
+
+def test_a_dormant_unit_is_only_weights(tiny_deit: Factory) -> None:
+    model = tiny_deit()
+    scheduler, optimizer, ema = prepare(model, structured())
+    for seed in range(3):
+        train_step(model, scheduler, optimizer, ema, seed)
+    assert scheduler._units is not None
+    for group in scheduler._units.groups:
+        assert not any(value.requires_grad for value in group.candidates.values())
+    state = [value.numel() for entry in optimizer.state.values() for value in entry.values() if value.ndim]
+    assert sum(state) == 2 * sum(p.numel() for p in model.parameters())
+
+
+def test_a_closure_is_needed(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    model = tiny_deit()
+    scheduler, optimizer, _ = prepare(model, structured())
+    assert scheduler.needs_closure
+    optimizer.step()
+    with pytest.raises(ValueError, match="needs the loss of one batch"):
+        scheduler.step()
+    scheduler, optimizer, _ = prepare(tiny_deit(), structured())
+    optimizer.step()
+    with pytest.raises(ValueError, match="did not run the model"):
+        scheduler.step(lambda: nn.Linear(1, 1)(torch.ones(1, 1)).sum())
+    optimizer.step()
+    with pytest.raises(ValueError, match="must return the loss"):
+        scheduler.step(lambda: torch.ones(1))
+
+
+def test_fractions_of_a_unit_are_carried_over(tiny_deit: Factory) -> None:
+    """With drop * live = 0.4 of 2 heads, one is due at every fifth half..: credits .4 .8 1.2 -> 1, .6 1.0 -> 1."""
+    model = tiny_deit()
+    units = LiveUnits(model, find_blocks(model)["blocks.0"].heads, [0, 1])
+    assert [units.due(0.2) for _ in range(5)] == [0, 0, 1, 0, 1]
+    single = LiveUnits(model, find_blocks(model)["blocks.0"].heads, [0])
+    assert [single.due(1.0) for _ in range(3)] == [0, 0, 0]  # never the last
+
+
+def test_swap_if_better_swaps_only_where_the_estimate_is_greater(tiny_deit: Factory) -> None:
+    model = tiny_deit()
+    scheduler, optimizer, ema = prepare(model, structured(swap="if_better"))
+    assert scheduler._units is not None
+    for group in scheduler._units.groups:
+        for value in group.candidates.values():
+            value.zero_()  # a candidate that writes nothing can change nothing
+    update = train_step(model, scheduler, optimizer, ema, 0)
+    assert update is not None
+    assert not any(block.heads_added or block.neurons_added for block in update.blocks.values())
+
+
+def test_report_tells_who_left_and_who_came(tiny_deit: Factory) -> None:
+    model = tiny_deit()
+    scheduler, optimizer, ema = prepare(model, structured())
+    before = scheduler.live_heads
+    update = train_step(model, scheduler, optimizer, ema, 0)
+    assert update is not None
+    for name, block in update.blocks.items():
+        assert (len(block.heads_removed), len(block.heads_added)) == (1, 1)
+        assert set(scheduler.live_heads[name]) == set(before[name]) - set(block.heads_removed) | set(block.heads_added)
+        assert block.live_heads == tuple(sorted(scheduler.live_heads[name]))
+        assert (block.heads, block.neurons, block.live_neurons) == (3, 96, 58)
+        assert len(block.neurons_added) == 34  # 0.6 of 58, and the schedule has hardly begun to fall
+        assert block.explored_heads == 3
+        assert block.explored_neurons == 58 + 34
+
+
+def test_swapping_back_and_forth_warns(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    """With two of three heads, whoever left is the only candidate: the same swap undone is a warning."""
+    model = tiny_deit()
+    scheduler, optimizer, ema = prepare(model, structured(neuron_density=1.0), lr=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        updates = [train_step(model, scheduler, optimizer, ema, 0) for _ in range(4)]
+    assert any("growth changes nothing" in str(warning.message) for warning in caught)
+    assert any(update and update.warnings for update in updates)
+
+
+def test_moments_of_a_unit_that_came(tiny_deit: Factory) -> None:
+    model = tiny_deit()
+    scheduler, optimizer, ema = prepare(model, structured(neuron_density=1.0))
+    update = train_step(model, scheduler, optimizer, ema, 0)
+    assert update is not None
+    removed, added = update.blocks["blocks.0"].heads_removed[0], update.blocks["blocks.0"].heads_added[0]
+    assert removed != added
+    slot = scheduler.live_heads["blocks.0"].index(added)
+    part = find_blocks(model)["blocks.0"].heads.inputs[0]
+    state = optimizer.state[dict(model.named_parameters())[part.name]]
+    first, second = part.units(state["exp_avg"]), part.units(state["exp_avg_sq"])
+    assert (first[slot] == 0).all()
+    assert torch.allclose(second[slot], second[1 - slot].mean())
+    assert (part.units(dict(model.named_parameters())["blocks.0.attn.qkv.weight"].grad)[slot] == 0).all()  # type: ignore[arg-type]
+
+
+def test_state_round_trip_continues_bit_for_bit() -> None:
+    def run(split: int | None) -> tuple[nn.Module, SparsityScheduler]:
+        torch.manual_seed(0)
+        model = timm.create_model("deit_tiny_patch16_224", **TINY)
+        config = structured(density=0.4, drop_fraction=0.3, swap="always")
+        scheduler, optimizer, ema = prepare(model, config, 12)
+        for step in range(8):
+            if step == split:
+                saved = copy.deepcopy(
+                    (model.state_dict(), scheduler.state_dict(), optimizer.state_dict(), ema.state_dict())
+                )
+                torch.manual_seed(5)
+                model = timm.create_model("deit_tiny_patch16_224", **TINY)
+                scheduler, optimizer, ema = prepare(model, config, 12)
+                model.load_state_dict(saved[0])
+                scheduler.load_state_dict(saved[1])
+                optimizer.load_state_dict(saved[2])
+                ema.load_state_dict(saved[3])
+            train_step(model, scheduler, optimizer, ema, step)
+        return model, scheduler
+
+    model, scheduler = run(None)
+    for split in (2, 5):
+        resumed, again = run(split)
+        assert again.live_heads == scheduler.live_heads
+        assert again.live_neurons == scheduler.live_neurons
+        for name, value in model.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value)
+
+
+def test_torch_compile_is_not_compiled_again(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    frames = 0
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
+        nonlocal frames
+        frames += 1
+        return graph.forward
+
+    torch._dynamo.reset()
+    model = tiny_deit()
+    scheduler, optimizer, ema = prepare(model, structured(density=0.4, update_every=2))
+    compiled = torch.compile(model, backend=backend)
+    counts, updates = [], 0
+    for _ in range(9):
+        F.cross_entropy(compiled(tiny_batch[0]), tiny_batch[1]).backward()
+        optimizer.step()
+        updates += scheduler.step(lambda: F.cross_entropy(compiled(tiny_batch[0]), tiny_batch[1])) is not None
+        optimizer.zero_grad()
+        ema.update(model)
+        counts.append(frames)
+    assert updates == 4
+    assert counts[0] == counts[-1] >= 1
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_with_mixup_autocast_accumulation_and_drop_path(tiny_deit: Factory, amp: bool) -> None:
+    from timm.data import Mixup
+
+    model = tiny_deit(drop_path_rate=0.2)
+    scheduler, optimizer, _ = prepare(model, structured(density=0.4, update_every=2))
+    mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=5)
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(images: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            return -(targets * F.log_softmax(model(images).float(), dim=-1)).sum(dim=-1).mean()
+
+    updates = []
+    for _ in range(6):
+        for _ in range(2):
+            images, targets = mixup(
+                torch.randn(4, 1, 16, 16, generator=generator), torch.randint(5, (4,), generator=generator)
+            )
+            loss(images, targets).backward()
+        optimizer.step()
+        update = scheduler.step(lambda images=images, targets=targets: loss(images, targets))
+        optimizer.zero_grad()
+        if update:
+            updates.append(update)
+        assert_invariants(scheduler, optimizer, scheduler.budget.live)
+    assert len(updates) == 3
+    assert any(update.blocks["blocks.0"].heads_added for update in updates)
+    assert all(update.blocks["blocks.0"].neurons_added for update in updates)
+
+
+def test_start_by_score_keeps_the_best_of_a_trained_model(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    images, targets = tiny_batch
+    model = tiny_deit().eval()
+    parameters = dict(model.named_parameters())
+    for block in find_blocks(model).values():  # make head 1 worthless in each block
+        block.heads.outputs[0].units(parameters[block.heads.outputs[0].name].data)[1] = 0
+    before = model(images)
+    scheduler = SparsityScheduler(
+        model,
+        structured(start="score", neuron_density=1.0),
+        total_steps=10,
+        closure=lambda: F.cross_entropy(model(images), targets),
+    )
+    assert scheduler.live_heads == {"blocks.0": (0, 2), "blocks.1": (0, 2)}
+    torch.testing.assert_close(model(images), before, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match="needs the loss of a batch"):
+        SparsityScheduler(tiny_deit(), structured(start="score"), total_steps=10)
+
+
+def test_densities_that_do_not_fit(tiny_deit: Factory) -> None:
+    with pytest.raises(ValueError, match=r"head_density: 0.1 of 3 heads leaves none"):
+        SparsityScheduler(tiny_deit(), structured(head_density=0.1), total_steps=10)
+    with pytest.raises(ValueError, match=r"leave [\d,]+ of [\d,]+ \(0\.\d+\); lower density"):
+        SparsityScheduler(tiny_deit(), structured(density=0.9), total_steps=10)
+    with pytest.raises(ValueError, match="has no transformer blocks"):
+        SparsityScheduler(nn.Linear(3, 3), structured(), total_steps=10)
+
+
+def test_rounding_is_reported(tiny_deit: Factory) -> None:
+    with pytest.warns(UserWarning, match=r"head_density: 0\.7 of 3 heads is rounded to 2 \(0\.667\)"):
+        SparsityScheduler(tiny_deit(), structured(head_density=0.7, neuron_density=0.5), total_steps=10)

@@ -419,8 +419,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], *, base: Path | None
     try:
         parsed = parser.parse_args(expanded)
     except (ArgumentError, ValueError, TypeError) as error:
-        extra = {action.dest for action in parser._actions}
-        raise ConfigError(_explain(str(error), expanded, contents, extra)) from error
+        raise ConfigError(explain(str(error), parser, expanded, contents)) from error
     config = build(parsed.as_dict())
     return (config if config.recipe else dataclasses.replace(config, recipe=files[-1].stem)), parsed
 
@@ -507,23 +506,39 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _explain(error: str, arguments: Iterable[str], contents: Iterable[Mapping[str, Any]], extra: set[str]) -> str:
-    """One line for what the parser refused.
+def explain(
+    error: str,
+    parser: ArgumentParser,
+    arguments: Iterable[str],
+    contents: Iterable[Mapping[str, Any]] = (),
+    sections: Sequence[str] = ("recipe", *_RECORDS),
+) -> str:
+    """One line for what a parser refused in a command line or in the contents of files.
 
     Unknown keys are found here and not in the parser's text, since it does not say what is close to them.
+
+    Args:
+        sections: those parts of :class:`RunConfig` that the parser knows.
     """
-    leaves = _leaves(RunConfig)
+    leaves = {key: hint for key, hint in _leaves(RunConfig).items() if key.split(".")[0] in sections}
+    extra = {action.dest for action in parser._actions}
     given = [a[2:].split("=", 1)[0] for a in arguments if a.startswith("--")]
     for content in contents:
         given.extend(_keys(content))
     unknown = [key for key in given if not _is_known(key, leaves, extra)]
     if unknown:
-        return "; ".join(_unknown_key(key, leaves) for key in dict.fromkeys(unknown))
+        options = sorted(
+            dest.replace("_", "-") for dest in extra if "." not in dest and dest not in ("help", "print_config")
+        )
+        return "; ".join(_unknown_key(key, leaves, options) for key in dict.fromkeys(unknown))
     keys = list(re.finditer(r'[Kk]ey "([^"]+)"', error))
     key = ".".join(match.group(1) for match in keys)
     value = re.search(r"(?:Given|Got) value: (.*)", error[keys[-1].end() :]) if keys else None
     if key in leaves and value is not None:
         return f"{key}: {value.group(1).strip()!r} is not {_in_words(leaves[key])}"
+    if value is not None and (simple := re.search(r"Expected a <class '(int|float|bool|str)'>", error)):
+        kind = {"int": int, "float": float, "bool": bool, "str": str}[simple.group(1)]
+        return f"--{key.replace('_', '-')}: {value.group(1).strip()!r} is not {_in_words(kind)}"
     return " ".join(error.split())
 
 
@@ -537,21 +552,21 @@ def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _is_known(key: str, leaves: Mapping[str, Any], extra: set[str]) -> bool:
-    if key in leaves or key in extra or key in _RECORDS or key == "help":
+    if key in leaves or key.replace("-", "_") in extra:
         return True
     return any(key.startswith(f"{leaf}.") and typing.get_origin(hint) is dict for leaf, hint in leaves.items())
 
 
-def _unknown_key(key: str, leaves: Mapping[str, Any]) -> str:
+def _unknown_key(key: str, leaves: Mapping[str, Any], options: Sequence[str]) -> str:
     section, _, last = key.rpartition(".")
     if section in _RECORDS:
         there = [leaf for leaf in leaves if leaf.startswith(f"{section}.")]
         close = difflib.get_close_matches(key, there, n=1, cutoff=0.8)
     else:
-        there = ["recipe", *_RECORDS]
+        there = list(dict.fromkeys([*(leaf.split(".")[0] for leaf in leaves), *options]))
         close = difflib.get_close_matches(section or key, there, n=1)
     if not close:  # the right name in the wrong section, or without one
-        names = {leaf.rsplit(".", 1)[-1]: leaf for leaf in reversed(leaves)}
+        names = {leaf.rsplit(".", 1)[-1]: leaf for leaf in reversed(list(leaves))}
         close = [names[name] for name in difflib.get_close_matches(last, names, n=1, cutoff=0.8)]
     hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
     return f"{key}: unknown key; {hint}"

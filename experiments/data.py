@@ -61,7 +61,7 @@ class Data:
     train_size: int  #: images
     eval_size: int
     path: str  #: "in memory on cpu", "timm loader, 2 workers"
-    corrupt_files: Mapping[str, str]  #: reason by name of each image that could not be read; grows while reading
+    corrupt_files: Mapping[str, str]  #: reason by name of each image that this process could not read; grows
 
     @property
     def num_classes(self) -> int:
@@ -190,8 +190,8 @@ def _check_batches(config: DataConfig, train_size: int, world_size: int) -> None
         )
     elif config.mixes and config.batch_size // world_size % 2:
         problems.append(
-            f"data.batch_size is {config.batch_size}, {config.batch_size // world_size} on each process; mixup and "
-            f"cutmix mix pairs, so it must be a multiple of {2 * world_size}"
+            f"data.batch_size is {config.batch_size}, {config.batch_size // world_size} on each process, and mixup "
+            f"and cutmix mix pairs; it must be a multiple of {2 * world_size}"
         )
     if train_size < config.batch_size:
         problems.append(

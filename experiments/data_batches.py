@@ -11,7 +11,6 @@ import random
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -216,14 +215,24 @@ class Stream(IterableDataset[Sample]):
             yield sample
 
 
-class _Keys(Sampler[list[Key]]):
-    """The keys of each batch to come; ``make`` is set anew for each pass, so that worker processes may stay."""
+class EpochKeys(Sampler[list[Key]]):
+    """The keys of this process's share of each batch, from batch ``start`` of ``epoch`` on.
 
-    def __init__(self, make: Callable[[], Iterator[list[Key]]]) -> None:
-        self.make = make
+    Both are set before a pass. The object stays, and with it the worker processes.
+    """
+
+    def __init__(self, count: int, repeats: int, finish: Finish) -> None:
+        self.count, self.repeats, self.finish = count, repeats, finish
+        self.epoch = self.start = 0
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return self.make()
+        finish = self.finish
+        share = finish.place.slice(finish.batch_size)
+        order = epoch_order(self.count, finish.batch_size, self.repeats, finish.seed, self.epoch)
+        for batch, row in enumerate(order[self.start :], self.start):
+            # One seed per position in the global batch, whichever process has it.
+            seeds = derive_seeds(finish.batch_size, finish.seed, LOADER, self.epoch, batch)
+            yield [(index, seed, True) for index, seed in zip(row.tolist()[share], seeds[share], strict=True)]
 
 
 def _loader(dataset: Any, workers: int, device: torch.device, seed: int, **options: Any) -> DataLoader[Any]:
@@ -263,8 +272,9 @@ class LoaderTrain:
         workers: int,
         report: Report,
     ) -> None:
-        self.source, self.finish, self.repeats, self.report = source, finish, repeats, report
-        self.keys = _Keys(partial(self._keys, 0, 0))
+        self.finish, self.report = finish, report
+        self.steps_per_epoch = len(source) // finish.batch_size
+        self.keys = EpochKeys(len(source), repeats, finish)
         self.loader = _loader(
             Pictures(source, transform),
             workers,
@@ -273,21 +283,10 @@ class LoaderTrain:
             batch_sampler=self.keys,
             persistent_workers=workers > 0,
         )
-        self.steps_per_epoch = len(source) // finish.batch_size
-
-    def _keys(self, epoch: int, start: int) -> Iterator[list[Key]]:
-        finish = self.finish
-        share = finish.place.slice(finish.batch_size)
-        order = epoch_order(len(self.source), finish.batch_size, self.repeats, finish.seed, epoch)
-        for batch in range(start, self.steps_per_epoch):
-            # One seed per position in the global batch, whichever process has it.
-            seeds = derive_seeds(finish.batch_size, finish.seed, LOADER, epoch, batch)
-            indices = order[batch].tolist()
-            yield [(index, seed, True) for index, seed in zip(indices[share], seeds[share], strict=True)]
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         finish = self.finish
-        self.keys.make = partial(self._keys, epoch, start)
+        self.keys.epoch, self.keys.start = epoch, start
         for batch, (images, targets, unreadable) in enumerate(self.loader, start):
             self.report(unreadable)
             if len(targets) < finish.batch_size // finish.place.world_size:
@@ -312,13 +311,12 @@ class LoaderEval:
         report: Report,
     ) -> None:
         self.finish, self.report = finish, report
-        self.share, self.batch_size = share_of(len(source), finish.place), batch_size
-        device = finish.place.device
-        self.loader = _loader(Pictures(source, transform), workers, device, 0, batch_sampler=_Keys(self._keys))
-
-    def _keys(self) -> Iterator[list[Key]]:
-        for first in range(0, len(self.share), self.batch_size):
-            yield [(index, 0, False) for index in self.share[first : first + self.batch_size]]
+        share = share_of(len(source), finish.place)
+        keys = [
+            [(index, 0, False) for index in share[first : first + batch_size]]
+            for first in range(0, len(share), batch_size)
+        ]
+        self.loader = _loader(Pictures(source, transform), workers, finish.place.device, 0, batch_sampler=keys)
 
     def batches(self) -> Iterator[Batch]:
         device = self.finish.place.device

@@ -136,15 +136,10 @@ class DataConfig:
         check("erasing_mode", self.erasing_mode in ("const", "pixel"), "const or pixel")
         interpolations = ("bilinear", "bicubic", "nearest", "lanczos")
         check("interpolation", self.interpolation in interpolations, ", ".join(interpolations))
-        check(
-            "std",
-            self.std is None or all(value > 0 for value in self.std),
-            "positive numbers, one per channel",
-        )
-        for key in ("mean", "std"):
-            values = getattr(self, key)
-            counts = (1, 3) if self.in_chans is None else (self.in_chans,)
-            check(key, values is None or len(values) in counts, "null or one number per channel")
+        counts = (1, 3) if self.in_chans is None else (self.in_chans,)
+        check("mean", self.mean is None or len(self.mean) in counts, "null, or one number per channel")
+        good_std = self.std is None or (len(self.std) in counts and min(self.std) > 0)
+        check("std", good_std, "null, or one positive number per channel")
         if (self.mean is None) != (self.std is None):
             problems.append("data.mean and data.std go together: give both or neither")
         if self.crop_padding and self.crop_scale < 1:

@@ -97,9 +97,7 @@ def find_run(where: str, output: OutputConfig, recipe: str) -> RunFolder | None:
         path = Path(where)
         folder = RunFolder(path.parent.parent if path.is_file() else path)
         if not folder.last.is_file() or (path.is_file() and path.resolve() != folder.last.resolve()):
-            raise ConfigError(
-                f"--resume: {where} is no run with a checkpoint; give a run folder (with checkpoints/last.resume) or auto"
-            )
+            raise ConfigError(f"--resume: {where} holds no checkpoints/last.resume; give the folder of a run, or auto")
         return folder
     if output.name is not None:
         folder = RunFolder(Path(output.runs) / output.name)
@@ -118,11 +116,11 @@ def write_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-class MetricsWriter:
-    """Writes every number twice: as a TensorBoard scalar and as a line of ``metrics.jsonl``.
+class MetricsWriter(SummaryWriter):
+    """A TensorBoard writer that also keeps every scalar in ``metrics.jsonl``.
 
-    Numbers of one step make one line, ``{"step": 50, "train/loss": 1.9, ...}``. Everything else (images,
-    histograms) goes to TensorBoard alone. It has the interface of a ``SummaryWriter`` as far as that is used.
+    Numbers of one step make one line, ``{"step": 50, "train/loss": 1.9, ...}``. Images and histograms go to
+    TensorBoard alone.
 
     Args:
         folder: the run.
@@ -131,50 +129,51 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: RunFolder, *, step: int = 0, size: int = 0) -> None:
-        self.tensorboard = SummaryWriter(str(folder.tensorboard), purge_step=step + 1 if step else None)
-        self._file = open(folder.metrics, "a+b")  # noqa: SIM115
-        self._file.truncate(size)
-        self._file.seek(0, os.SEEK_END)
+        super().__init__(str(folder.tensorboard), purge_step=step + 1 if step else None)
+        self._metrics = open(folder.metrics, "ab")  # noqa: SIM115
+        self._metrics.truncate(min(size, self._metrics.tell()))
         self._step = step
         self._line: dict[str, float] = {}
 
-    def add_scalar(self, tag: str, value: float, step: int) -> None:
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: Any = None, *args: Any, **kwargs: Any) -> None:
         """One number. NaN and infinity, which JSON cannot hold, are null in ``metrics.jsonl``."""
-        if step != self._step:
+        if global_step != self._step:
             self._end_line()
-            self._step = step
-        number = float(value)
-        self.tensorboard.add_scalar(tag, number, step)
-        self._line[tag] = number
+            self._step = global_step
+        number = float(scalar_value)
+        super().add_scalar(tag, number, global_step, *args, **kwargs)
+        self._line[tag] = int(number) if number.is_integer() else number
 
-    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+    def add_numbers(self, values: Mapping[str, float], step: int) -> None:
+        """Several numbers of one step, by tag."""
         for tag, value in values.items():
             self.add_scalar(tag, value, step)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["tensorboard"], name)
+    def add_settings(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """The run's settings for TensorBoard's HPARAMS page; beside them it shows the last value of each metric.
 
-    def add_hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """The run's settings beside its final metrics, in TensorBoard's HPARAMS page."""
+        Args:
+            metrics: by the tags under which they were added.
+        """
         plain = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings.items()}
         for summary in hparams(plain, dict(metrics)):
-            self.tensorboard._get_file_writer().add_summary(summary)
+            self._get_file_writer().add_summary(summary)
 
-    def flush(self) -> int:
+    def sync(self) -> int:
         """Bring everything to the disk; returns the bytes of ``metrics.jsonl``."""
         self._end_line()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.tensorboard.flush()
-        return self._file.tell()
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        self.flush()
+        return self._metrics.tell()
 
     def close(self) -> None:
-        self.flush()
-        self._file.close()
-        self.tensorboard.close()
+        self.sync()
+        self._metrics.close()
+        super().close()
 
     def _end_line(self) -> None:
         if self._line:
             values = {tag: value if math.isfinite(value) else None for tag, value in self._line.items()}
-            self._file.write(json.dumps({"step": self._step, **values}).encode() + b"\n")
+            self._metrics.write(json.dumps({"step": self._step, **values}).encode() + b"\n")
             self._line = {}

@@ -8,6 +8,7 @@ where it has no kernel for sequences of unequal length.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, groupby
 
 import torch
@@ -39,7 +40,11 @@ class Layout:
     def images(self) -> int:
         return len(self.lengths)
 
-    @property
+    @cached_property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @cached_property
     def groups(self) -> list[tuple[int, int, int]]:
         """Runs of images of equal length: (first token, images, tokens per image)."""
         runs = [(length, len(list(run))) for length, run in groupby(self.lengths)]
@@ -62,7 +67,7 @@ def uniform_layout(images: int, tokens: int, device: torch.device) -> Layout:
 
 def pad(values: Tensor, layout: Layout, fill: float) -> Tensor:
     """Values of the tokens ``[S, ...]`` as one row per image ``[B, longest, ...]``, the rest ``fill``."""
-    shape = (layout.images, max(layout.lengths), *values.shape[1:])
+    shape = (layout.images, layout.longest, *values.shape[1:])
     return values.new_full(shape, fill).index_put((layout.image, layout.position), values)
 
 
@@ -148,8 +153,7 @@ def has_varlen_kernel(value: Tensor) -> bool:
 
 def attend_varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
     """One kernel over all images (FlashAttention's interface for unequal lengths)."""
-    longest = max(layout.lengths)
-    output = varlen_attn(query, key, value, layout.starts, layout.starts, longest, longest)
+    output = varlen_attn(query, key, value, layout.starts, layout.starts, layout.longest, layout.longest)
     assert isinstance(output, Tensor)
     return output
 
@@ -158,7 +162,7 @@ def attend_padded(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> 
     """All images padded to the longest, the padding masked as keys."""
     q, k, v = (pad(x, layout, 0.0).transpose(1, 2) for x in (query, key, value))
     lengths = layout.starts.diff()
-    real = torch.arange(max(layout.lengths), device=value.device) < lengths[:, None]
+    real = torch.arange(layout.longest, device=value.device) < lengths[:, None]
     output = F.scaled_dot_product_attention(q, k, v, attn_mask=real[:, None, None, :])
     return unpad(output.transpose(1, 2), layout)
 

@@ -146,6 +146,16 @@ class _SelectsTokens(VisionTransformer):
         """
         return self.norm(self._select_and_run(x)[0])
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As timm's.
+
+        Raises:
+            ValueError: a pooling over patches, with a threshold selector.
+        """
+        if isinstance(self.selector, ThresholdSelector) and global_pool not in (None, "token"):
+            raise ValueError(f"global_pool is {global_pool!r}; the threshold selector needs 'token'")
+        super().reset_classifier(num_classes, global_pool)
+
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Not offered: timm's walk over the blocks would skip the selector.
 
@@ -158,7 +168,7 @@ class _SelectsTokens(VisionTransformer):
         x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
         if isinstance(self.selector, TopKSelector):
             return self._run_top_k(self.selector, x)
-        if self.training:
+        if self.training or not len(x):  # a sheet holds at least one image
             return self._run_masked(self.selector, x)
         return self._run_packed(self.selector, x)
 

@@ -169,10 +169,18 @@ def gumbel_softmax(logits: Tensor, noise: Tensor | None, tau: Tensor | float) ->
 def top_k_indices(scores: Tensor, count: int) -> Tensor:
     """Positions ``[B, count]``, ascending, of the ``count`` greatest of ``scores`` ``[B, N]``.
 
-    Of equal scores the first position wins: a choice that an image's neighbours in the batch cannot change.
+    Of equal scores the first positions win: a choice that an image's neighbours in the batch cannot change.
+    (A stable sort would say so in one line, but cannot be exported to ONNX.)
     """
-    order = scores.argsort(dim=1, descending=True, stable=True)
-    return order[:, :count].sort(dim=1).values
+    # After a step that diverged the loss should be nan, not this an index error.
+    scores = torch.where(scores.isnan(), -torch.inf, scores)
+    least = scores.topk(count, dim=1).values[:, -1:]
+    above, equal = scores > least, scores == least
+    missing = count - above.sum(dim=1, keepdim=True)
+    keep = above | (equal & (equal.cumsum(dim=1) <= missing))
+    patches = scores.shape[1]
+    places = torch.arange(patches, device=scores.device)
+    return torch.where(keep, places, patches).sort(dim=1).values[:, :count]
 
 
 def kept_count(keep_ratio: float, patches: int) -> int:

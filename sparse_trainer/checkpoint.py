@@ -59,6 +59,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 #: Buffers that a model computes for itself and does not save may take the file's size and this much more.
 _UNSAVED_BYTES = 64 << 20
 
+#: Heads or neurons of a dense block; the largest ViTs have some 16,000. Units are handled as Python numbers.
+_MAX_UNITS = 1 << 17
+
 ModelFactory = Callable[..., nn.Module]
 
 
@@ -163,13 +166,9 @@ def load_sparse(
             "pass create_model=models.create_model"
         )
     depth = info.model_args.get("depth")
-    blocks = {
-        found[1] for name in contents.tensors if (found := re.search(r"(?:^|\.)blocks\.(\d{1,6})\.", name))
-    }
+    blocks = {found[1] for name in contents.tensors if (found := re.search(r"(?:^|\.)blocks\.(\d{1,6})\.", name))}
     if depth is not None and depth != len(blocks):
-        raise fault(
-            path, "the depth of the model", expected=f"{len(blocks)} blocks, as stored", found=quote(depth)
-        )
+        raise fault(path, "the depth of the model", expected=f"{len(blocks)} blocks, as stored", found=quote(depth))
     try:
         model = _build_on_meta(info, create_model)
         _check_agreement(model, contents.tensors, info)
@@ -215,9 +214,7 @@ def read_sparse(path: str | os.PathLike[str]) -> SparseFile:
     for name, shape in shapes.items():
         values, packed = tensors.pop(f"{name}.values", None), tensors.pop(f"{name}.mask", None)
         if values is None or packed is None or name in tensors:
-            raise fault(
-                path, f"masked tensor {quote(name)}", expected=".values and .mask", found="not just these"
-            )
+            raise fault(path, f"masked tensor {quote(name)}", expected=".values and .mask", found="not just these")
         numel = math.prod(shape)
         if packed.dtype != torch.uint8 or tuple(packed.shape) != ((numel + 7) // 8,):
             expected = f"{(numel + 7) // 8:,} bytes for shape {shape}"
@@ -239,15 +236,11 @@ def read_sparse(path: str | os.PathLike[str]) -> SparseFile:
             allowed = ", ".join(map(str, DTYPES))
             raise fault(path, f"the dtype of {quote(name)}", expected=allowed, found=tensor.dtype)
         if not _is_finite(tensor):
-            raise fault(
-                path, f"the values of {quote(name)}", expected="finite numbers", found="NaN or infinity"
-            )
+            raise fault(path, f"the values of {quote(name)}", expected="finite numbers", found="NaN or infinity")
     return SparseFile(info, tensors, masks)
 
 
-def _parse(
-    path: str | os.PathLike[str], metadata: dict[str, Any]
-) -> tuple[SparseInfo, dict[str, tuple[int, ...]]]:
+def _parse(path: str | os.PathLike[str], metadata: dict[str, Any]) -> tuple[SparseInfo, dict[str, tuple[int, ...]]]:
     """The metadata as :class:`SparseInfo`, and the shapes of the masked tensors."""
     shapes = metadata.pop("masked", None)
     if not isinstance(shapes, dict) or not all(
@@ -302,13 +295,9 @@ def _check_masks(masks: Mapping[str, Tensor], state: Mapping[str, Tensor], info:
     for name, mask in masks.items():
         if name not in state:
             close = difflib.get_close_matches(name, state, n=3)
-            raise ValueError(
-                f"masks: the model has no tensor {name!r}; close names: {', '.join(close) or 'none'}"
-            )
+            raise ValueError(f"masks: the model has no tensor {name!r}; close names: {', '.join(close) or 'none'}")
         if mask.dtype != torch.bool or mask.shape != state[name].shape:
-            raise ValueError(
-                f"masks: {name} must be torch.bool {tuple(state[name].shape)}, found {_describe(mask)}"
-            )
+            raise ValueError(f"masks: {name} must be torch.bool {tuple(state[name].shape)}, found {_describe(mask)}")
     live = sum(int(mask.count_nonzero()) for mask in masks.values())
     if masks and live != info.budget.live:
         raise ValueError(f"info.budget: {info.budget.live:,} live parameters, but the masks hold {live:,}")
@@ -331,6 +320,9 @@ def _build_on_meta(info: SparseInfo, create_model: ModelFactory | None) -> nn.Mo
     with torch.device("meta"):
         model = create_model(info.model, **args)
         if info.live_heads or info.live_neurons:
+            dense = max(max(b.heads.count(), b.neurons.count()) for b in units.find_blocks(model).values())
+            if dense > _MAX_UNITS:
+                raise ValueError(f"expected a dense block of at most {_MAX_UNITS:,} units, found {dense:,}")
             units.compact(model, info.live_heads, info.live_neurons)
     return model
 
@@ -393,7 +385,8 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], *, unsaved_limit: int) 
         compute = getattr(module, "init_non_persistent_buffers", None)
         if compute is None:
             raise ValueError(
-                f"{type(module).__name__} holds buffers that no file has and that it cannot compute"
+                f"{type(module).__name__} holds buffers that no file has; to fill them it needs a method "
+                "init_non_persistent_buffers(), as timm's layers have"
             )
         compute()
     for module in model.modules():

@@ -248,9 +248,7 @@ def _read_header(path: str | os.PathLike[str], file: BinaryIO) -> _Header:
     try:
         header = parse_json(raw.decode("utf-8"))
     except ValueError as error:
-        raise fault(
-            path, "the header is damaged or no safetensors header", expected="JSON", found=error
-        ) from error
+        raise fault(path, "the header is damaged or no safetensors header", expected="JSON", found=error) from error
     if not isinstance(header, dict):
         raise fault(path, "the header", expected="a JSON object", found=type(header).__name__)
     strings = header.get("__metadata__", {})
@@ -260,14 +258,10 @@ def _read_header(path: str | os.PathLike[str], file: BinaryIO) -> _Header:
     end = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != end:
-            raise fault(
-                path, f"the place of {quote(name)}", expected=f"byte {end:,}", found=f"{entry.begin:,}"
-            )
+            raise fault(path, f"the place of {quote(name)}", expected=f"byte {end:,}", found=f"{entry.begin:,}")
         end = entry.end
     if 8 + length + end != size:
-        raise fault(
-            path, "is truncated or too long", expected=f"{8 + length + end:,} bytes", found=f"{size:,}"
-        )
+        raise fault(path, "is truncated or too long", expected=f"{8 + length + end:,} bytes", found=f"{size:,}")
     return _Header(entries, strings, _header_digest(header))
 
 
@@ -304,9 +298,7 @@ def _metadata(path: str | os.PathLike[str], header: _Header, format: str, versio
             found=f"{len(header.entries):,} tensors; timm.create_model(..., checkpoint_path=...) may open it",
         )
     if found != format:
-        raise fault(
-            path, "is another kind of file", expected=what, found="{} (for {})".format(*FORMATS[found])
-        )
+        raise fault(path, "is another kind of file", expected=what, found="{} (for {})".format(*FORMATS[found]))
     if strings["header_sha256"] != header.digest:
         raise fault(
             path,
@@ -363,6 +355,8 @@ def _header_digest(header: Mapping[str, Any]) -> str:
 def _as_bytes(tensor: Tensor) -> memoryview:
     """The elements in row-major order; shares memory with a contiguous tensor on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # what one element or none is strided by says nothing, yet view() minds
+        flat = flat.new_empty(flat.numel()).copy_(flat)
     return memoryview(flat.view(torch.uint8).numpy().data)
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import pickle
 import random
 import struct
 import tarfile
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import numpy as np
 import pytest
 import torch
@@ -23,6 +27,11 @@ from experiments.data_batches import Place, epoch_order, share_of
 from experiments.data_sources import EMBEDDED_FOLDER, class_balanced, open_sources
 
 CLASSES = ("ant", "bee", "cat")
+# Python 3.12 warns of any fork beside torch's threads.
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+LIBRARY_LEAVES_FILES_OPEN = pytest.mark.filterwarnings(
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 STRONG: dict[str, Any] = {
     "crop_padding": 2,
     "horizontal_flip": 0.5,
@@ -181,6 +190,22 @@ def test_processes_make_the_slices_of_one_process(world_size: int, path: str, fo
     assert_same(all_of(create(config).train.batches(2)), joined)  # type: ignore[arg-type]
 
 
+def test_worker_processes_end_with_the_data(folder: Path) -> None:
+    # Left to the cycle collector, a loader waits five seconds for each of its workers.
+    data = create(folder_config(folder, in_memory="never", workers=1))
+    next(data.train.batches(0))
+    loader = weakref.ref(data.train.loader)  # type: ignore[attr-defined]
+    del data
+    assert loader() is None
+
+
+def test_pictures_can_be_sent_to_a_worker_that_was_not_forked(folder: Path) -> None:
+    config = folder_config(folder, in_memory="never", auto_augment="rand-m9-mstd0.5-inc1", crop_scale=0.5)
+    pictures = create(config).train.loader.dataset  # type: ignore[attr-defined]
+    copy = pickle.loads(pickle.dumps(pictures))
+    assert torch.equal(copy[3, 7, True].image, pictures[3, 7, True].image)
+
+
 def test_memory_and_loader_make_the_same_pictures(folder: Path) -> None:
     config = folder_config(folder, **STRONG, mean=(0.5,) * 3, std=(0.2,) * 3)
     memory, loader = create(config), create(replace(config, in_memory="never"))
@@ -334,6 +359,50 @@ def test_torchvision_image_folder(folder: Path) -> None:
     assert data.class_names == CLASSES
 
 
+@LIBRARY_LEAVES_FILES_OPEN
+def test_hugging_face_name(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data = create(folder_config(tmp_path / "cache", dataset=f"hfds/{folder}"))
+    assert data.class_names == CLASSES
+    assert (data.train_size, data.image_size) == (18, 12)
+    assert held_targets(data).tolist() == [0] * 3 + [1] * 3 + [2] * 3
+
+
+@LIBRARY_LEAVES_FILES_OPEN
+@pytest.mark.parametrize("workers", [0, 2])
+def test_webdataset_shards(workers: int, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("webdataset")
+    for split in ("train", "validation"):
+        for shard in range(2):
+            with tarfile.open(tmp_path / f"{split}-{shard:04d}.tar", "w") as tar:
+                for number, file in enumerate(sorted((folder / split).rglob("*.png"))[shard::2]):
+                    label = str(CLASSES.index(file.parent.name)).encode()
+                    for kind, content in (("png", file.read_bytes()), ("cls", label)):
+                        member = tarfile.TarInfo(f"{shard}_{number}.{kind}")
+                        member.size = len(content)
+                        tar.addfile(member, io.BytesIO(content))
+    config = DataConfig(
+        dataset="wds/shards",
+        root=str(tmp_path),
+        train_split="train-{0000..0001}.tar|18",
+        eval_split="validation-{0000..0001}.tar|9",
+        num_classes=3,
+        image_size=12,
+        batch_size=4,
+        workers=workers,
+        **STRONG,
+    )
+    data = create(config)
+    assert data.path == f"timm loader, streamed, {workers} workers"
+    assert sorted(held_targets(data).tolist()) == [0] * 3 + [1] * 3 + [2] * 3
+    whole = all_of(data.train.batches(1))
+    assert len(whole) == data.steps_per_epoch() == 4
+    assert_same(whole[2:], all_of(data.train.batches(1, start=2)))
+    with pytest.raises(ValueError, match=r"data\.num_classes is 2, but a batch has labels"):
+        all_of(create(replace(config, num_classes=2)).train.batches(0))
+
+
 def test_images_are_resized_and_recoloured_as_asked(folder: Path) -> None:
     data = create(folder_config(folder, image_size=20, in_chans=1, crop_pct=0.9))
     images, _ = next(data.train.batches(0))
@@ -366,6 +435,14 @@ def test_auto_stays_out_of_memory_where_something_would_be_lost(folder: Path) ->
     assert path(auto_augment="rand-m9-mstd0.5-inc1") == path(crop_scale=0.5, image_size=8) == "timm loader"
     assert path(memory_limit=1e-6) == "timm loader"
     assert path(memory_limit=1e-6, in_memory="always") == "in memory on cpu"
+
+
+def test_test_stands_in_for_a_missing_validation(folder: Path) -> None:
+    (folder / "validation").rename(folder / "test")
+    assert create(folder_config(folder)).eval_size == 9
+    write_folder(folder / "more")
+    (folder / "more" / "validation").rename(folder / "val")
+    assert next(iter(open_sources(folder_config(folder))[1].dataset.samples))[0].startswith(str(folder / "val"))
 
 
 # Corrupt files
@@ -464,7 +541,7 @@ def test_mixup_is_pure_and_the_same_on_every_process(options: dict[str, float]) 
         ({"horizontal_flip": 1.5}, "data.horizontal_flip is 1.5; it must be a probability"),
         ({"in_chans": 2}, "data.in_chans is 2; it must be 1"),
         ({"mean": (0.5,)}, "data.mean and data.std go together"),
-        ({"mean": (0.5, 0.5), "std": (0.5, 0.5)}, "data.mean is .* one positive number per channel"),
+        ({"mean": (0.5, 0.5), "std": (0.5, 0.5)}, "data.mean is .* one number per channel"),
         ({"crop_padding": 2, "crop_scale": 0.5}, "set crop_padding to 0 or crop_scale to 1"),
         ({"auto_augment": "rand-m9", "color_jitter": 0.4}, "set one of the two"),
         ({"auto_augment": "rand-m9", "in_memory": "always"}, "set in_memory to auto or never"),
@@ -487,6 +564,15 @@ def test_all_problems_are_told_at_once() -> None:
     with pytest.raises(ValueError, match=r"data\.workers is -1[\s\S]*data\.mixup is -2") as error:
         DataConfig(workers=-1, mixup=-2.0, memory_limit=0)
     assert len(str(error.value).splitlines()) == 3
+
+
+def test_fields_can_be_given_in_yaml_and_on_the_command_line() -> None:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DataConfig, "data")
+    given = ["--data.mean", "[0.5]", "--data.std", "[0.25]", "--data.auto_augment", "rand-m9-mstd0.5-inc1"]
+    config = DataConfig(**vars(parser.parse_args([*given, "--data.train_subset", "100"]).data))
+    assert config == DataConfig(mean=(0.5,), std=(0.25,), auto_augment="rand-m9-mstd0.5-inc1", train_subset=100)
+    assert isinstance(config.mean, tuple)
 
 
 def test_missing_and_empty_folders(tmp_path: Path, folder: Path) -> None:

@@ -181,6 +181,17 @@ def test_any_thresholds_in_any_order(thresholds: list[float], seed: int) -> None
     close(torch.cat([model(one) for one in x.split(1)]), together, 1e-5)
 
 
+@pytest.mark.parametrize("selector", [THRESHOLD, {"keep_ratio": 0.4}])
+def test_an_empty_batch_and_a_diverged_model(selector: Any) -> None:
+    model = tiny(selector)
+    for training in (False, True):
+        model.train(training)
+        assert model(images(0)).shape == (0, 5)
+    model.pos_embed.data.fill_(torch.nan)
+    for training in (False, True):
+        assert bool(model.train(training)(images(3)).isnan().all())
+
+
 def test_one_patch_is_left_where_no_score_is_enough() -> None:
     model = tiny({**THRESHOLD, "thresholds": (1e9, 1e9, 1e9)})
     for training in (False, True):
@@ -406,6 +417,14 @@ def test_features_are_what_the_head_reads(selector: Any) -> None:
     close(model.forward_head(model.forward_features(x)), model(x), 1e-6)
     with pytest.raises(ValueError, match="without the selector"):
         model.forward_intermediates(x)
+
+
+def test_a_new_classifier() -> None:
+    model = tiny(THRESHOLD).eval()
+    model.reset_classifier(7)
+    assert model(images(2)).shape == (2, 7)
+    with pytest.raises(ValueError, match="needs 'token'"):
+        model.reset_classifier(7, "avg")
 
 
 def test_other_image_sizes_keep_the_meaning_of_a_threshold() -> None:

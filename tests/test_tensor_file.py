@@ -22,7 +22,7 @@ from sparse_trainer.tensor_file import (
     write_tensors,
 )
 
-MASKS = {"format": "sparse-trainer-masks", "version": 1}
+MASKS: dict[str, Any] = {"format": "sparse-trainer-masks", "version": 1}
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -151,7 +151,7 @@ def test_a_bool_that_is_neither(tmp_path: Path) -> None:
 def test_what_is_not_a_file(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no such file"):
         read_tensors(tmp_path / "none", **MASKS)
-    with pytest.raises(CheckpointError, match="is a folder, expected a file$"):
+    with pytest.raises(CheckpointError, match=r"is a folder, expected a file$"):
         read_tensors(tmp_path, **MASKS)
     (tmp_path / "sparse.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"did you mean .*sparse.safetensors\?"):
@@ -175,9 +175,9 @@ def test_another_kind_and_another_version(tmp_path: Path) -> None:
 
 def test_what_cannot_be_stored(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
-    with pytest.raises(ValueError, match="w: a torch.strided tensor of torch.complex64 cannot be stored"):
+    with pytest.raises(ValueError, match=r"w: a torch.strided tensor of torch.complex64 cannot be stored"):
         write_tensors(path, {"w": torch.zeros(1, dtype=torch.complex64)}, {}, **MASKS)
-    with pytest.raises(ValueError, match="w: a torch.sparse_coo tensor"):
+    with pytest.raises(ValueError, match=r"w: a torch.sparse_coo tensor"):
         write_tensors(path, {"w": torch.zeros(1).to_sparse()}, {}, **MASKS)
     with pytest.raises(ValueError, match="JSON compliant"):
         write_tensors(path, {}, {"a": float("nan")}, **MASKS)
@@ -222,10 +222,10 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
 
 
 def test_folders_that_cannot_take_a_file(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be written: No such file or directory$"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: No such file or directory$"):
         write_atomically(tmp_path / "none" / "file", [b""])
     (tmp_path / "folder").mkdir()
-    with pytest.raises(CheckpointError, match="cannot be written: Is a directory$"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: Is a directory$"):
         write_atomically(tmp_path / "folder", [b""])
 
 
@@ -233,7 +233,7 @@ def test_folders_that_cannot_take_a_file(tmp_path: Path) -> None:
 def test_a_full_disk(tmp_path: Path) -> None:
     path = tmp_path / "file"
     (tmp_path / ".file.tmp").symlink_to("/dev/full")
-    with pytest.raises(CheckpointError, match="No space left on device$"):
+    with pytest.raises(CheckpointError, match=r"No space left on device$"):
         write_atomically(path, [b"data"])
     assert not path.exists()
 

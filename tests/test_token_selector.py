@@ -105,7 +105,17 @@ def test_top_k_by_hand() -> None:
 
 
 def test_equal_scores_are_taken_in_order() -> None:
-    assert top_k_indices(torch.zeros(1, 6), 3).tolist() == [[0, 1, 2]]
+    scores = torch.tensor([[0.0] * 6, [1, 3, 1, 1, 3, 1], [math.nan, 1, math.nan, 2, -math.inf, math.nan]])
+    assert top_k_indices(scores, 3).tolist() == [[0, 1, 2], [0, 1, 4], [0, 1, 3]]
+    assert top_k_indices(torch.full((1, 3), math.nan), 2).tolist() == [[0, 1]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.data())
+def test_top_k_is_a_stable_sort(scores: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(scores)))
+    best = sorted(range(len(scores)), key=lambda i: -scores[i])[:count]
+    assert top_k_indices(torch.tensor([scores], dtype=torch.float), count).tolist() == [sorted(best)]
 
 
 def test_gumbel_softmax_is_the_stated_formula() -> None:

@@ -1,0 +1,50 @@
+"""The command line: ``sparse-trainer COMMAND ...``, the same as ``python -m experiments COMMAND ...``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
+
+COMMANDS = {
+    "train": "train a sparse Vision Transformer from a recipe",
+    "evaluate": "accuracy of a sparse checkpoint",
+    "export": "a sparse checkpoint in other formats",
+    "inspect": "what is in a sparse checkpoint",
+    "benchmark": "measure speed and memory",
+}
+
+
+def commands() -> dict[str, str]:
+    """The sub-commands of this release and what they do."""
+    return {name: text for name, text in COMMANDS.items() if find_spec(f"experiments.{name}") is not None}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. Only the module of the sub-command is imported."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    there = commands()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, there))
+        lines = [f"  {name:<{width}}  {text}" for name, text in there.items()]
+        print(
+            "\n".join(["usage: sparse-trainer COMMAND ...", "", *lines, "", "sparse-trainer COMMAND --help says more"])
+        )
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"sparse-trainer {metadata.version('sparse-trainer')}")
+        return 0
+    command, *rest = arguments
+    if command not in there:
+        close = difflib.get_close_matches(command, there, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
+        print(f"sparse-trainer: error: unknown command {command!r}; {hint}", file=sys.stderr)
+        return 2
+    return int(importlib.import_module(f"experiments.{command}").main(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""``sparse-trainer evaluate``: accuracy of a sparse checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from experiments.config import (
+    ConfigError,
+    RunConfig,
+    build,
+    choose_device,
+    explain,
+    has_bfloat16_matmul,
+    load_config,
+    naming,
+    recipes,
+)
+from experiments.console import create_console, print_table
+from experiments.data import Data, DataConfig, create_data
+from experiments.metrics import measure, precision_context
+from models import create_model
+from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_sparse, read_info
+
+WRONG, INTERRUPTED = 2, 130
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """All options; those of the data by their dotted names."""
+    parser.add_argument("checkpoint", type=str, help="a sparse checkpoint, such as runs/<name>/sparse.safetensors")
+    parser.add_argument("--batch-size", type=int, default=None, help="images at a time")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--amp", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="precision of matrix products"
+    )
+    parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
+    parser.add_class_arguments(DataConfig, "data")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    try:
+        return _evaluate(arguments)
+    except (ConfigError, CheckpointError) as error:
+        print(f"sparse-trainer evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def data_of(checkpoint: Path, info: SparseInfo) -> DataConfig:
+    """The data that a checkpoint was trained on: of its run folder, else of its recipe, else the embedded set."""
+    for folder in checkpoint.resolve().parents[:2]:
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml").data
+    known = recipes()
+    return load_config(known[info.recipe]).data if info.recipe in known else DataConfig()
+
+
+def open_eval_data(config: DataConfig, info: SparseInfo, device: str) -> Data:
+    """The evaluation images as the checkpoint's model wants them.
+
+    Raises:
+        ConfigError: they are missing, or of other classes than the model's.
+    """
+    height, width = info.image_size if isinstance(info.image_size, tuple) else (info.image_size,) * 2
+    if height != width:
+        raise ConfigError(f"data.image_size: the model takes {height} x {width} pixels; only square images can be read")
+    if config.image_size not in (None, height):
+        raise ConfigError(
+            f"data.image_size: {config.image_size} does not match the checkpoint's image size {height}; leave it out"
+        )
+    classes = info.class_names
+    config = dataclasses.replace(
+        config,
+        image_size=height,
+        in_chans=info.in_chans,
+        mean=info.mean,
+        std=info.std,
+        # Nothing is trained: of the training images only their classes matter.
+        train_subset=len(classes) if classes else None,
+        batch_size=1,
+        repeated_augmentation=1,
+        mixup=0.0,
+        cutmix=0.0,
+    )
+    with naming("data"):
+        try:
+            data = create_data(config, device=device, seed=0)
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error}") from error
+    if classes is not None and data.class_names != classes:
+        raise ConfigError(
+            f"data.dataset: {config.dataset!r} has {data.num_classes} classes ({_some(data.class_names)}), the "
+            f"checkpoint knows {len(classes)} ({_some(classes)}); choose the data that it was trained on"
+        )
+    return data
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _parse(arguments: Sequence[str], defaults: DataConfig | None) -> Namespace:
+    parser = ArgumentParser(
+        prog="sparse-trainer evaluate",
+        description="Accuracy of a sparse checkpoint. The data and its normalisation are those of the training.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    add_arguments(parser)
+    if defaults is not None:
+        parser.set_defaults({f"data.{key}": value for key, value in dataclasses.asdict(defaults).items()})
+    try:
+        return parser.parse_args(list(arguments))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(explain(str(error), parser, arguments, sections=("data",))) from error
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    path = Path(_parse(arguments, None).checkpoint)
+    info = read_info(path)
+    options = _parse(arguments, data_of(path, info))
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ConfigError(f"--batch-size: {options.batch_size} is not a positive whole number")
+    config: RunConfig = build({"data": options.as_dict()["data"]})
+    data_config = config.data
+    if options.batch_size is not None:
+        data_config = dataclasses.replace(data_config, eval_batch_size=options.batch_size)
+    device = choose_device(options.device)
+    amp = options.amp
+    if amp == "auto":
+        amp = "bfloat16" if has_bfloat16_matmul(device) else "float32"
+    model = load_sparse(path, create_model=create_model, device=device)
+    data = open_eval_data(data_config, info, str(device))
+    started = time.perf_counter()
+    with naming("data"):
+        found = measure(model, data.eval, precision_context(device, amp))
+    seconds = time.perf_counter() - started
+    numbers = {
+        **found,
+        "images_per_second": found["images"] / seconds,
+        "live_parameters": info.budget.live,
+        "total_parameters": info.budget.total,
+        "macs": info.macs,
+    }
+    if options.json:
+        print(json.dumps({"checkpoint": str(path), **numbers}))
+        return 0
+    print_table(
+        create_console(),
+        str(path),
+        [
+            ("accuracy", f"top-1 {found['top1']:.2f} %   top-5 {found['top5']:.2f} %"),
+            ("loss", f"{found['loss']:.4f}"),
+            ("images", f"{found['images']:,} of {data_config.dataset} ({data_config.eval_split})"),
+            ("model", info.model),
+            ("live parameters", str(info.budget)),
+            ("MACs per image", f"{info.macs / 1e6:,.1f} M live"),
+            ("speed", f"{numbers['images_per_second']:,.0f} images/s, {amp} on {device}, data included"),
+        ],
+    )
+    return 0

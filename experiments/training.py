@@ -1,0 +1,506 @@
+"""A training run: everything that decides its future, and one optimizer step of it."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import random
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from experiments.config import ConfigError, OptimizerConfig, RunConfig, ScheduleConfig, flatten, naming
+from experiments.data import Data, create_mixup
+from experiments.losses import create_loss
+from experiments.metrics import measure, precision_context
+from models import create_model, resolve
+from sparse_trainer.budget import Budget
+from sparse_trainer.flops import Count, count
+from sparse_trainer.report import MaskUpdate
+from sparse_trainer.scheduler import SparsityScheduler
+
+MAY_CHANGE = (
+    "output.",
+    "recipe",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "data.eval_batch_size",
+    "data.memory_limit",
+    "training.device",
+    "training.compile",
+    "training.log_every",
+    "training.eval_every",
+    "training.checkpoint_every",
+    "training.max_bad_steps",
+)
+"""Settings, or sections of them, that a resumed run may have otherwise."""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is cut: everything counted in optimizer steps."""
+
+    steps_per_epoch: int
+    total_steps: int
+    warmup_steps: int
+    eval_every: int
+    checkpoint_every: int
+    accumulate: int
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """Epoch, and first batch in it, of the step after ``step`` steps."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        return epoch, step_in_epoch * self.accumulate
+
+    def evaluates(self, step: int) -> bool:
+        return step % self.eval_every == 0 or step == self.total_steps
+
+    def saves(self, step: int) -> bool:
+        return step % self.checkpoint_every == 0 or step == self.total_steps
+
+
+def create_plan(config: RunConfig, batches_per_epoch: int) -> Plan:
+    """Cut a run of ``config`` over so many batches an epoch; those that fill no whole step are left out.
+
+    Raises:
+        ConfigError: an epoch has less than one step, or the warm-up takes the whole run.
+    """
+    training = config.training
+    steps_per_epoch = batches_per_epoch // training.accumulate
+    if steps_per_epoch == 0:
+        raise ConfigError(
+            f"training.accumulate: {training.accumulate} is more than the {batches_per_epoch} batches of an epoch"
+        )
+    total = training.steps if training.steps is not None else training.epochs * steps_per_epoch
+    warmup = round(config.schedule.warmup_epochs * steps_per_epoch)
+    if warmup >= total:
+        raise ConfigError(
+            f"schedule.warmup_epochs: {config.schedule.warmup_epochs} ({warmup} steps) does not end before the run "
+            f"({total} steps); less than {total / steps_per_epoch:g} works"
+        )
+    eval_every = max(1, round(training.eval_every * steps_per_epoch))
+    checkpoint_every = eval_every
+    if training.checkpoint_every is not None:
+        checkpoint_every = max(1, round(training.checkpoint_every * steps_per_epoch))
+    return Plan(steps_per_epoch, total, warmup, eval_every, checkpoint_every, training.accumulate)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model and the arguments that build it again."""
+
+    model: nn.Module
+    name: str  #: timm's
+    arguments: dict[str, Any]  #: all that ``timm.create_model`` needs beside the name and ``pretrained``
+
+
+def create_network(config: RunConfig, data: Data) -> Network:
+    """The dense model that fits the data.
+
+    Raises:
+        ConfigError: the name is unknown, or its arguments and the data do not go together.
+    """
+    given = config.model.kwargs
+    for key, own, source in (
+        ("img_size", data.image_size, "data.image_size"),
+        ("in_chans", data.in_chans, "data.in_chans"),
+        ("num_classes", data.num_classes, "the data's number of classes"),
+    ):
+        if given.get(key, own) != own:
+            raise ConfigError(
+                f"model.kwargs.{key}: {given[key]!r} does not match {source} ({own}); leave it out, or change the data"
+            )
+    wanted = {**given, "img_size": data.image_size, "in_chans": data.in_chans, "num_classes": data.num_classes}
+    if config.model.drop_path:
+        wanted["drop_path_rate"] = config.model.drop_path
+    with naming("model"):
+        name, arguments = resolve(config.model.name, wanted)
+        try:
+            model = create_model(name, selector=config.selector, pretrained=config.model.pretrained, **arguments)
+        except ValueError:
+            raise
+        except Exception as error:  # of timm, of a download, of whatever an argument reaches
+            raise ValueError(f"{name} cannot be made with {arguments}: {error or type(error).__name__}") from error
+    return Network(model, name, arguments)
+
+
+def create_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """timm's optimizer of that name; biases, norms and the like do not decay.
+
+    Raises:
+        ConfigError: there is none of that name, or it does not take the settings.
+    """
+    extra: dict[str, Any] = {}
+    if config.betas is not None:
+        extra["betas"] = config.betas
+    if config.eps is not None:
+        extra["eps"] = config.eps
+    known = list_optimizers()
+    if config.name.lower() not in known:
+        close = (
+            ", ".join(difflib.get_close_matches(config.name.lower(), map(str, known), n=3)) or "adamw, sgd, lamb, lion"
+        )
+        raise ConfigError(f"optimizer.name: {config.name!r} is no optimizer of timm; close names: {close}")
+    try:
+        optimizer = create_optimizer_v2(
+            model,
+            opt=config.name,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            momentum=config.momentum,
+            **extra,
+        )
+    except Exception as error:  # whatever the optimizer's own check raises
+        raise ConfigError(f"optimizer: {config.name} cannot be made: {error or type(error).__name__}") from error
+    for key, value in extra.items():  # timm drops what an optimizer does not know
+        if key not in optimizer.defaults:
+            raise ConfigError(f"optimizer.{key}: {value!r} is given, but {config.name} has none; set it to null")
+    return optimizer
+
+
+def create_lr_schedule(optimizer: torch.optim.Optimizer, config: ScheduleConfig, plan: Plan) -> Scheduler:
+    """timm's schedule in optimizer steps: call ``step_update(steps done)`` after each.
+
+    Raises:
+        ConfigError: the learning rate would rise where it should fall.
+    """
+    lr = max(group["lr"] for group in optimizer.param_groups)
+    if config.name != "constant" and config.min_lr > lr:
+        raise ConfigError(f"schedule.min_lr: {config.min_lr} is above optimizer.lr ({lr:g})")
+    shapes: dict[str, dict[str, Any]] = {
+        "cosine": {"sched": "cosine"},
+        "linear": {"sched": "poly", "decay_rate": 1.0},
+        "constant": {"sched": "step", "decay_epochs": plan.total_steps + 1, "decay_rate": 1.0},
+    }
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        num_epochs=plan.total_steps,
+        warmup_epochs=plan.warmup_steps,
+        warmup_lr=config.warmup_lr,
+        min_lr=config.min_lr,
+        step_on_epochs=False,
+        updates_per_epoch=1,
+        **shapes[config.name],
+    )
+    assert schedule is not None
+    schedule.step_update(0)
+    return schedule
+
+
+def seed_everything(seed: int) -> None:
+    """Python, NumPy and torch on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """The states of all global generators, as tensors and numbers."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: Mapping[str, Any]) -> None:
+    """The inverse of :func:`random_states`."""
+    random.setstate(states["python"])
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count() and states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+@dataclass
+class Running:
+    """Sums since the last record, on the device: reading them every step would make the host wait."""
+
+    loss: Tensor
+    gradient_norm: Tensor
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did."""
+
+    counted: bool  #: False: loss or gradient was not finite, nothing moved
+    update: MaskUpdate | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class Trainer:
+    """Model, masks, optimizer, averages and random states, moved on by one optimizer step at a time.
+
+    Args:
+        config: resolved (:func:`experiments.config.resolve`).
+        data: what to train on; its batches are pure in seed, epoch and batch.
+        rank, world_size: this process and their number.
+
+    Raises:
+        ConfigError: the parts of the configuration do not go together.
+    """
+
+    def __init__(self, config: RunConfig, data: Data, *, rank: int = 0, world_size: int = 1) -> None:
+        self.config, self.data, self.rank, self.world_size = config, data, rank, world_size
+        training = config.training
+        self.device = torch.device(training.device)
+        self.plan = create_plan(config, data.steps_per_epoch())
+        seed_everything(training.seed)
+
+        network = create_network(config, data)
+        self.model_name, self.model_arguments = network.name, network.arguments
+        self.model = network.model.to(self.device)
+        self.notes: tuple[str, ...] = ()
+        self.sparsity: SparsityScheduler | None = None
+        self.dense_bytes = sum(tensor.nbytes for tensor in self.model.state_dict().values())
+        self.dense_count = self.count()
+        if config.sparsity is not None:
+            with naming("sparsity"), warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self.sparsity = SparsityScheduler(self.model, config.sparsity, total_steps=self.plan.total_steps)
+            self.notes = tuple(str(warning.message) for warning in caught)
+        self.model.train()
+
+        self.ema: ModelEmaV3 | None = None
+        if training.ema_decay is not None:
+            self.ema = ModelEmaV3(self.model, decay=training.ema_decay, use_warmup=training.ema_warmup)
+        self.optimizer = create_optimizer(self.model, config.optimizer)
+        if self.sparsity is not None:
+            with naming("optimizer"):
+                self.sparsity.attach(self.optimizer, ema=self.ema.module if self.ema is not None else None)
+        self.lr_schedule = create_lr_schedule(self.optimizer, config.schedule, self.plan)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "float16")
+        self.autocast = precision_context(self.device, training.amp)
+        self.loss = create_loss(config.data)
+        self.mixing = create_mixup(config.data, data.num_classes, seed=training.seed)
+        self.forward: nn.Module = torch.compile(self.model) if training.compile else self.model  # type: ignore[assignment]
+
+        self.tried = 0  # optimizer steps tried: it alone decides which images come next
+        self.step = 0  # optimizer steps that counted
+        self.bad_in_a_row = 0
+        self.running = self._no_running()
+        self._batches: Iterator[tuple[int, int, Tensor, Tensor]] = self._read_batches()
+
+    @property
+    def bad_steps(self) -> int:
+        """Steps that were dropped."""
+        return self.tried - self.step
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training images done."""
+        return self.tried / self.plan.steps_per_epoch
+
+    @property
+    def finished(self) -> bool:
+        return self.tried >= self.plan.total_steps
+
+    @property
+    def lr(self) -> float:
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    @property
+    def result_model(self) -> nn.Module:
+        """The model that is evaluated last and saved: the average of the weights where there is one."""
+        return self.ema.module if self.ema is not None else self.model
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        return self.sparsity.masks if self.sparsity is not None else {}
+
+    @property
+    def budget(self) -> Budget:
+        """Live and total prunable parameters, counted now; of a dense run all parameters."""
+        if self.sparsity is not None:
+            return self.sparsity.budget
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        return Budget(total, total)
+
+    def count(self) -> Count:
+        """Parameters and multiply-accumulates, counted now."""
+        try:
+            return count(self.model, self.masks)
+        except ValueError:  # not one of timm's VisionTransformers: counted on a run without memory
+            size = (self.data.in_chans, self.data.image_size, self.data.image_size)
+            return count(self.model, self.masks, input_size=size)
+
+    def train_step(self) -> StepResult:
+        """One optimizer step. Where loss or gradient is not finite it is dropped: no weight, moment, mask or
+        schedule moves.
+
+        Raises:
+            TrainingError: too many steps in a row were dropped.
+        """
+        accumulate = self.plan.accumulate
+        if hasattr(self.model, "set_progress"):
+            cast(Any, self.model).set_progress(self.tried / self.plan.total_steps)
+        total_loss: Tensor | None = None
+        for _ in range(accumulate):
+            epoch, batch, images, targets = next(self._batches)
+            if self.mixing is not None:
+                images, targets = self.mixing(images, targets, epoch=epoch, batch=batch)
+            loss = self._loss_of(self.forward, images, targets)
+            self.scaler.scale(loss / accumulate).backward()
+            part = loss.detach().float() / accumulate
+            total_loss = part if total_loss is None else total_loss + part
+        assert total_loss is not None
+        self.scaler.unscale_(self.optimizer)
+        norm = self._clip_gradient()
+        # The one number that the host reads in a step: it decides whether the optimizer moves.
+        counted = bool((total_loss + norm).isfinite())
+        if counted:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        update, notes = self._update_masks(images, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.tried += 1
+        if counted:
+            self.step += 1
+            self.bad_in_a_row = 0
+            if self.ema is not None:
+                self.ema.update(self.model, step=self.step)
+            self.lr_schedule.step_update(self.step)
+            self.running.loss += total_loss
+            self.running.gradient_norm += norm
+            self.running.steps += 1
+        else:
+            self.bad_in_a_row += 1
+            if self.bad_in_a_row >= self.config.training.max_bad_steps:
+                raise TrainingError(
+                    f"step {self.tried}: loss or gradient was not finite in {self.bad_in_a_row} steps in a row "
+                    f"(loss {float(total_loss):g}, gradient norm {float(norm):g}); a lower optimizer.lr, "
+                    "training.clip_grad or another training.amp may help"
+                )
+        return StepResult(counted, update, notes)
+
+    def take_running(self) -> tuple[float, float]:
+        """Mean loss and gradient norm since the last call; NaN if no step counted."""
+        steps = self.running.steps
+        loss, norm = torch.stack([self.running.loss, self.running.gradient_norm]).tolist()
+        self.running = self._no_running()
+        return (loss / steps, norm / steps) if steps else (math.nan, math.nan)
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy in percent and loss of the model, and of the average of its weights as ``ema_*``."""
+        found = measure(self.model, self.data.eval, self.autocast)
+        metrics = {name: found[name] for name in ("top1", "top5", "loss")}
+        if self.ema is not None:
+            found = measure(self.ema.module, self.data.eval, self.autocast)
+            metrics |= {f"ema_{name}": found[name] for name in ("top1", "top5", "loss")}
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the future of the run."""
+        return {
+            "config": flatten(self.config),
+            "tried": self.tried,
+            "step": self.step,
+            "bad_in_a_row": self.bad_in_a_row,
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "sparsity": self.sparsity.state_dict() if self.sparsity is not None else None,
+            "ema": dict(self.ema.module.state_dict()) if self.ema is not None else None,
+            "scaler": self.scaler.state_dict(),
+            "running": [self.running.loss, self.running.gradient_norm, self.running.steps],
+            "random": random_states(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` was called; on the CPU in the same bits as if nothing had happened.
+
+        Raises:
+            ConfigError: the state is of another configuration.
+        """
+        check_same_run(state["config"], flatten(self.config))
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.sparsity is not None:
+            with naming("sparsity"):
+                self.sparsity.load_state_dict(state["sparsity"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.tried, self.step = state["tried"], state["step"]
+        self.bad_in_a_row = state["bad_in_a_row"]
+        self.lr_schedule.step_update(self.step)
+        loss, norm, steps = state["running"]
+        self.running = Running(loss.to(self.device), norm.to(self.device), steps)
+        self._batches = self._read_batches()
+        restore_random_states(state["random"])
+
+    def _loss_of(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+        with self.autocast():
+            return self.loss(model(images), targets)
+
+    def _clip_gradient(self) -> Tensor:
+        """The norm of the gradient, which is clipped where that is asked for."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        limit = self.config.training.clip_grad
+        if limit is not None:
+            return torch.nn.utils.clip_grad_norm_(parameters, limit)
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+    def _update_masks(self, images: Tensor, targets: Tensor) -> tuple[MaskUpdate | None, tuple[str, ...]]:
+        """Tell the scheduler of the step, whether it was taken or not; also what it warns of."""
+        if self.sparsity is None:
+            return None, ()
+        closure = None
+        if self.sparsity.needs_closure:
+            # The batch as it was trained on, mixed already: the probe draws nothing anew.
+            def closure() -> Tensor:
+                return self._loss_of(self.model, images, targets)
+
+        if not self.sparsity.update_due:
+            return self.sparsity.step(closure), ()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            update = self.sparsity.step(closure)
+        return update, tuple(str(warning.message) for warning in caught)
+
+    def _read_batches(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Epoch, batch number, images and targets from where the run stands, without end."""
+        epoch, start = self.plan.locate(self.tried)
+        while True:
+            stop = self.plan.steps_per_epoch * self.plan.accumulate
+            for batch, (images, targets) in zip(
+                range(start, stop), self.data.train.batches(epoch, start), strict=False
+            ):
+                yield epoch, batch, images, targets
+            epoch, start = epoch + 1, 0
+
+    def _no_running(self) -> Running:
+        return Running(torch.zeros((), device=self.device), torch.zeros((), device=self.device))
+
+
+def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to resume a run with settings that would make another run of it.
+
+    Raises:
+        ConfigError: naming every such setting.
+    """
+    odd = [
+        f"{key}: {now.get(key)!r} differs from {saved.get(key)!r}"
+        for key in sorted({*saved, *now})
+        if saved.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if odd:
+        raise ConfigError(f"{'; '.join(odd)}, which the run was started with; leave it out to resume")

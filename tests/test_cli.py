@@ -1,0 +1,192 @@
+"""The command line: what it prints, what it leaves, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import commands, main
+from experiments.config import load_config
+
+SMALL = [
+    "--model.kwargs={embed_dim: 24, depth: 2, patch_size: 7}", "--data.train_subset=100", "--data.eval_subset=20",
+    "--data.batch_size=10", "--training.epochs=2", "--schedule.warmup_epochs=1", "--sparsity.updates=3",
+    "--training.device=cpu", "--training.log_every=5",
+]  # fmt: skip
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said on stderr: exactly one line."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_train_evaluate_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs, run = tmp_path / "runs", tmp_path / "runs" / "first"
+    assert main(["train", *SMALL, f"--output.runs={runs}", "--output.name=first"]) == 0
+    out = capsys.readouterr().out
+    for row in ("accuracy", "live parameters", "MACs per image", "sparse file", "training time", "written to"):
+        assert f"│ {row}" in out
+    assert f"sparse-trainer evaluate {run}/sparse.safetensors" in out
+    assert f"tensorboard --logdir {runs}" in out
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoints", "config.yaml", "masks", "metrics.jsonl", "sparse.safetensors", "tensorboard",
+    }  # fmt: skip
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+    assert main(["evaluate", str(run / "sparse.safetensors"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["images"] == 20
+    assert found["top1"] == last["eval/top1"]
+    assert found["loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
+    assert found["live_parameters"] == last.get("budget/live_parameters", found["live_parameters"])
+    assert main(["evaluate", str(run / "sparse.safetensors"), "--data.eval_subset=null", "--batch-size=500"]) == 0
+    assert "2,000 of fashion-mnist-10k" in capsys.readouterr().out
+
+    assert main(["train", "--resume", str(run)]) == 0
+    assert "the run is complete" in capsys.readouterr().out
+    assert main(["train", "--resume", "auto", f"--output.runs={runs}"]) == 0
+    assert "the run is complete" in capsys.readouterr().out
+    assert main(["train", "--resume", str(run), "--training.epochs=3"]) == 2
+    assert last_line(capsys) == (
+        "sparse-trainer train: error: training.epochs: 3 differs from 2, which the run was started with; "
+        "leave it out to resume"
+    )
+
+
+def test_the_written_configuration_makes_the_same_run(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    assert main(["train", *SMALL, "--training.seed=3", f"--output.runs={runs}", "--output.name=first"]) == 0
+    assert main(["train", "--config", str(runs / "first" / "config.yaml")]) == 0
+    (second,) = (path for path in runs.iterdir() if path.name != "first")
+    assert second.name.startswith("quickstart-")
+    assert load_config(second / "config.yaml") == load_config(runs / "first" / "config.yaml")
+    assert (second / "sparse.safetensors").read_bytes() == (runs / "first" / "sparse.safetensors").read_bytes()
+
+
+def test_a_checkpoint_without_its_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *SMALL, f"--output.runs={tmp_path}", "--output.name=run"]) == 0
+    lonely = (tmp_path / "run" / "sparse.safetensors").rename(tmp_path / "lonely.safetensors")
+    capsys.readouterr()
+    assert main(["evaluate", str(lonely)]) == 0
+    assert "2,000 of fashion-mnist-10k" in capsys.readouterr().out
+    assert main(["evaluate", str(lonely), "--data.image_size=32"]) == 2
+    assert last_line(capsys) == (
+        "sparse-trainer evaluate: error: data.image_size: 32 does not match the checkpoint's image size 28; "
+        "leave it out"
+    )
+
+
+def test_resume_auto_starts_where_there_is_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", *SMALL, "--resume=auto", f"--output.runs={tmp_path}", "--output.name=run"]
+    assert main(arguments) == 0
+    assert "resuming" not in capsys.readouterr().out
+    assert main([*arguments, "--config=quickstart"]) == 0
+    assert "the run is complete" in capsys.readouterr().out
+
+
+def test_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "experiments", "train", *SMALL, "--training.epochs=2000", "--sparsity=null",
+        f"--output.runs={tmp_path}", "--output.name=run",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                process.send_signal(signal.SIGINT)
+                break
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == ""
+    assert "everything is saved" in out
+    assert f"  sparse-trainer train --resume {run}\n" in out
+    assert (run / "checkpoints" / "last.resume").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--sparsity.density=2"], "train: error: sparsity.density: 2.0 is not a share in (0, 1] or null"),
+        (["train", "--sparsity.densty=2"], "train: error: sparsity.densty: unknown key; did you mean sparsity.density?"),
+        (["train", "--resum=x"], "train: error: resum: unknown key; did you mean resume?"),
+        (
+            ["train", "--resume=nowhere"],
+            "train: error: --resume: nowhere holds no checkpoints/last.resume; give the folder of a run, or auto",
+        ),
+        (
+            ["train", "--config=svite_deit_small", "--data.root=nowhere"],
+            "train: error: data.root 'nowhere' is not a folder; it must hold 'train' with a folder a class",
+        ),
+        (
+            ["train", "--model.kwargs.img_size=32"],
+            "train: error: model.kwargs.img_size: 32 does not match data.image_size (28); leave it out, or change the "
+            "data",
+        ),
+        (["evaluate"], "evaluate: error: the following arguments are required: checkpoint"),
+        (["evaluate", "nowhere.safetensors"], "evaluate: error: nowhere.safetensors: there is no such file"),
+        (["evaluate", "x", "--batch-size=many"], "evaluate: error: --batch-size: 'many' is not a whole number"),
+        (["evaluate", "x", "--batchsize=1"], "evaluate: error: batchsize: unknown key; did you mean batch-size?"),
+        (["evaluat", "x"], "error: unknown command 'evaluat'; did you mean evaluate?"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    expected = "sparse-trainer: " if message.startswith("error") else "sparse-trainer "
+    assert last_line(capsys) == expected + message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert main(["train", *SMALL, f"--output.runs={tmp_path}", "--output.name=run", "--training.epochs=1",
+                 "--schedule.warmup_epochs=0"]) == 0  # fmt: skip
+    capsys.readouterr()
+    assert main(["evaluate", str(run / "checkpoints" / "last.resume")]) == 2
+    assert "is another kind of file: expected a sparse checkpoint, found a resume bundle" in last_line(capsys)
+    assert main(["evaluate", str(run / "config.yaml")]) == 2
+    assert "is truncated or no safetensors file" in last_line(capsys)
+    damaged = bytearray((run / "checkpoints" / "last.resume").read_bytes())
+    damaged[-1] ^= 1
+    (run / "checkpoints" / "last.resume").write_bytes(damaged)
+    assert main(["train", "--resume", str(run)]) == 2
+    assert last_line(capsys).startswith(f"sparse-trainer train: error: {run}/checkpoints/last.resume: ")
+
+
+def test_a_run_that_cannot_go_on_is_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate of 1e30 makes every weight, and so the loss, infinite after the first step."""
+    arguments = ["--optimizer.lr=1e30", "--schedule.warmup_epochs=0", "--training.max_bad_steps=2", "--sparsity=null"]
+    assert main(["train", *SMALL, *arguments, f"--output.runs={tmp_path}"]) == 1
+    assert "loss or gradient was not finite in 2 steps in a row" in last_line(capsys)
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert {"train", "evaluate"} <= set(commands())
+    assert all(f"  {name}" in out for name in commands())
+    assert main([]) == 2
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert end.value.code == 0
+    assert "--sparsity" in capsys.readouterr().out

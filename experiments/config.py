@@ -23,6 +23,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from experiments.data_config import DataConfig
+from experiments.field_docs import field_docs
 from models.token_selector import SelectorConfig
 from sparse_trainer.sparsity_config import SparsityConfig
 
@@ -372,29 +373,44 @@ def create_parser(command: str) -> ArgumentParser:
     parser.add_argument(
         "--config",
         action="config",
-        help=f"YAML file or name of a recipe ({', '.join(recipes())}); without one: {DEFAULT_RECIPE}. Given twice, "
-        "the later wins.",
+        help=f"YAML file or name of a recipe ({', '.join(recipes())}); without one: {DEFAULT_RECIPE}. Of "
+        "several the later wins; options win over files.",
     )
     parser.add_class_arguments(RunConfig)
+    explain_options(parser)
     return parser
 
 
+def explain_options(parser: ArgumentParser) -> None:
+    """Give every dotted option the text that stands under its field."""
+    texts = field_docs(RunConfig)
+    for section, record in _RECORDS.items():
+        texts |= {f"{section}.{name}": text for name, text in field_docs(record).items()}
+    # The parser lists no options of a section that may be null.
+    inner = [f"--{key}: {text}" for key, text in texts.items() if key.startswith("sparsity.")]
+    texts["sparsity"] = " ".join(["null trains the dense network.", *inner])
+    for action in parser._actions:
+        if action.dest in texts:
+            action.help = texts[action.dest].replace("%", "%%")
+
+
 def _expand_config_names(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Replace names of recipes behind ``--config`` by their files; also return these files in order."""
-    expanded: list[str] = []
+    """The files behind ``--config`` in order, and the command line with them in front: overrides win over files
+    wherever they stand."""
+    rest: list[str] = []
     files: list[Path] = []
     waiting = False
     for argument in arguments:
         if waiting or argument.startswith("--config="):
             files.append(find_config(argument if waiting else argument.removeprefix("--config=")))
-            argument = str(files[-1]) if waiting else f"--config={files[-1]}"
             waiting = False
+        elif argument == "--config":
+            waiting = True
         else:
-            waiting = argument == "--config"
-        expanded.append(argument)
+            rest.append(argument)
     if waiting:
         raise ConfigError("--config: needs a file or the name of a recipe")
-    return expanded, files
+    return [*(f"--config={path}" for path in files), *rest], files
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str], *, base: Path | None = None) -> tuple[RunConfig, Namespace]:
@@ -414,7 +430,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], *, base: Path | None
     expanded, files = _expand_config_names(arguments)
     if not files:
         files = [base or recipes()[DEFAULT_RECIPE]]
-        expanded = ["--config", str(files[0]), *expanded]
+        expanded = [f"--config={files[0]}", *expanded]
     contents = [_read_yaml(path) for path in files]
     try:
         parsed = parser.parse_args(expanded)
@@ -527,10 +543,13 @@ def explain(
         given.extend(_keys(content))
     unknown = [key for key in given if not _is_known(key, leaves, extra)]
     if unknown:
-        options = sorted(
-            dest.replace("_", "-") for dest in extra if "." not in dest and dest not in ("help", "print_config")
-        )
+        ours = sorted(dest.replace("_", "-") for dest in extra if re.fullmatch(r"(?!help|print)\w+", dest))
+        options = [dest for dest in ours if dest not in sections]
         return "; ".join(_unknown_key(key, leaves, options) for key in dict.fromkeys(unknown))
+    choice = re.search(r"argument --([\w.-]+): invalid choice: '?(.*?)'? \(choose from (.*)\)", error)
+    if choice is not None:
+        key = choice.group(1) if choice.group(1) in leaves else f"--{choice.group(1)}"
+        return f"{key}: {choice.group(2)!r} is not one of {choice.group(3).replace(chr(39), '')}"
     keys = list(re.finditer(r'[Kk]ey "([^"]+)"', error))
     key = ".".join(match.group(1) for match in keys)
     value = re.search(r"(?:Given|Got) value: (.*)", error[keys[-1].end() :]) if keys else None

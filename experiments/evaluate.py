@@ -17,6 +17,7 @@ from experiments.config import (
     build,
     choose_device,
     explain,
+    explain_options,
     has_bfloat16_matmul,
     load_config,
     naming,
@@ -33,7 +34,7 @@ WRONG, INTERRUPTED = 2, 130
 
 def add_arguments(parser: ArgumentParser) -> None:
     """All options; those of the data by their dotted names."""
-    parser.add_argument("checkpoint", type=str, help="a sparse checkpoint, such as runs/<name>/sparse.safetensors")
+    parser.add_argument("checkpoint", nargs="?", help="a sparse checkpoint, such as runs/<name>/sparse.safetensors")
     parser.add_argument("--batch-size", type=int, default=None, help="images at a time")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument(
@@ -41,6 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_class_arguments(DataConfig, "data")
+    explain_options(parser)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -124,7 +126,10 @@ def _parse(arguments: Sequence[str], defaults: DataConfig | None) -> Namespace:
 
 
 def _evaluate(arguments: Sequence[str]) -> int:
-    path = Path(_parse(arguments, None).checkpoint)
+    named = _parse(arguments, None).checkpoint
+    if named is None:
+        raise ConfigError("give a sparse checkpoint, such as runs/<name>/sparse.safetensors")
+    path = Path(named)
     info = read_info(path)
     options = _parse(arguments, data_of(path, info))
     if options.batch_size is not None and options.batch_size < 1:

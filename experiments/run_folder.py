@@ -14,7 +14,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from experiments.config import ConfigError, OutputConfig
+from experiments.config import ConfigError, OutputConfig, load_config
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ def create_run_folder(output: OutputConfig, recipe: str, now: time.struct_time) 
     raise ConfigError(f"output.runs: {output.runs} has too many runs called {name}; set output.name")
 
 
-def find_run(where: str, output: OutputConfig, recipe: str) -> RunFolder | None:
+def find_run(where: str, output: OutputConfig, recipe: str | None) -> RunFolder | None:
     """The run that ``--resume`` means.
 
     Args:
-        where: a run folder, its ``last.resume``, or "auto": the run called ``output.name``, else the newest one
-            of this recipe that has a checkpoint.
+        where: a run folder, its ``last.resume``, or "auto": the run called ``output.name``, else the newest one of
+            that recipe (of any, if it is None) that has a checkpoint.
 
     Returns:
         None if it is "auto" and there is none.
@@ -102,8 +102,19 @@ def find_run(where: str, output: OutputConfig, recipe: str) -> RunFolder | None:
     if output.name is not None:
         folder = RunFolder(Path(output.runs) / output.name)
         return folder if folder.last.is_file() else None
-    found = [RunFolder(path.parent.parent) for path in Path(output.runs).glob(f"{recipe}-*/checkpoints/last.resume")]
-    return max(found, key=lambda folder: folder.last.stat().st_mtime, default=None)
+    checkpoints = Path(output.runs).glob("*/checkpoints/last.resume")
+    for checkpoint in sorted(checkpoints, key=lambda path: path.stat().st_mtime, reverse=True):
+        folder = RunFolder(checkpoint.parent.parent)
+        if recipe is None or _recipe_of(folder) == recipe:
+            return folder
+    return None
+
+
+def _recipe_of(folder: RunFolder) -> str | None:
+    try:
+        return load_config(folder.config).recipe
+    except ConfigError:
+        return None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
@@ -40,8 +41,11 @@ def main(arguments: Sequence[str]) -> int:
         return train(config, folder, create_console())
     except (ConfigError, CheckpointError) as error:
         return _say(error, WRONG)
-    except TrainingError as error:
+    except (TrainingError, OSError) as error:
         return _say(error, FAILED)
+    except torch.OutOfMemoryError as error:
+        advice = "a smaller data.batch_size needs less memory; a greater training.accumulate makes up for it"
+        return _say(f"{str(error).splitlines()[0]} {advice}", FAILED)
     except KeyboardInterrupt:
         return _say("stopped at once", INTERRUPTED)
 
@@ -63,7 +67,7 @@ def read_command_line(arguments: Sequence[str]) -> tuple[RunConfig, RunFolder | 
     folder = None
     if parsed.resume is not None:
         named = any(argument == "--config" or argument.startswith("--config=") for argument in arguments)
-        folder = find_run(parsed.resume, config.output, config.recipe if named else "*")
+        folder = find_run(parsed.resume, config.output, config.recipe if named else None)
         if folder is not None and not named:
             config, _ = parse(parser, arguments, base=folder.config)
     return resolve(config), folder

@@ -479,13 +479,15 @@ class Trainer:
     def _read_batches(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Epoch, batch number, images and targets from where the run stands, without end."""
         epoch, start = self.plan.locate(self.tried)
-        while True:
-            stop = self.plan.steps_per_epoch * self.plan.accumulate
-            for batch, (images, targets) in zip(
-                range(start, stop), self.data.train.batches(epoch, start), strict=False
-            ):
-                yield epoch, batch, images, targets
-            epoch, start = epoch + 1, 0
+        stop = self.plan.steps_per_epoch * self.plan.accumulate
+        try:
+            while True:
+                batches = self.data.train.batches(epoch, start)
+                for batch, (images, targets) in zip(range(start, stop), batches, strict=False):
+                    yield epoch, batch, images, targets
+                epoch, start = epoch + 1, 0
+        except ValueError as error:  # of a worker process it brings the whole trace, the message last
+            raise TrainingError(f"data: {str(error).strip().splitlines()[-1]}") from error
 
     def _no_running(self) -> Running:
         return Running(torch.zeros((), device=self.device), torch.zeros((), device=self.device))

@@ -214,6 +214,10 @@ class TopKSelector(nn.Module):
         # A tensor, so that a compiled training step is not compiled again for each temperature.
         self.register_buffer("tau", torch.tensor(float(config.tau_start)), persistent=False)
 
+    def init_non_persistent_buffers(self) -> None:
+        """Fill what no state dict holds, for a model that was built without memory (timm's convention)."""
+        self.tau = torch.tensor(float(self.config.tau_start), device=self.tau.device if not self.tau.is_meta else None)
+
     def set_progress(self, fraction: float) -> None:
         """Set the temperature for this fraction of training, 0 to 1."""
         self.tau.fill_(self.config.tau_start + fraction * (self.config.tau_end - self.config.tau_start))

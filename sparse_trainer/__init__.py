@@ -1,8 +1,21 @@
 """Train networks that are sparse from the first step, under one exact parameter budget."""
 
 from sparse_trainer.budget import Budget
+from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_sparse, read_info, save_sparse
 from sparse_trainer.report import BlockUpdate, LayerUpdate, MaskUpdate
 from sparse_trainer.scheduler import SparsityScheduler
 from sparse_trainer.sparsity_config import SparsityConfig
 
-__all__ = ["BlockUpdate", "Budget", "LayerUpdate", "MaskUpdate", "SparsityConfig", "SparsityScheduler"]
+__all__ = [
+    "BlockUpdate",
+    "Budget",
+    "CheckpointError",
+    "LayerUpdate",
+    "MaskUpdate",
+    "SparseInfo",
+    "SparsityConfig",
+    "SparsityScheduler",
+    "load_sparse",
+    "read_info",
+    "save_sparse",
+]

@@ -245,7 +245,7 @@ def keep(model: nn.Module, group: UnitGroup, units: Sequence[int], *, fold_biase
         raise ValueError(
             f"{group.block}: live {group.kind}s {chosen[:8]} are not distinct numbers from 0 to {total - 1}"
         )
-    if chosen == list(range(total)):
+    if len(chosen) == total and chosen == list(range(total)):
         return
     parameters = dict(model.named_parameters())
     if fold_biases:

@@ -119,7 +119,7 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["train", "--sparsity.density=2"], "train: error: sparsity.density: 2.0 is not a share in (0, 1] or null"),
-        (["train", "--sparsity.densty=2"], "train: error: sparsity.densty: unknown key; did you mean sparsity.density?"),
+        (["train", "--data.lr=2"], "train: error: data.lr: unknown key; did you mean optimizer.lr?"),
         (["train", "--resum=x"], "train: error: resum: unknown key; did you mean resume?"),
         (
             ["train", "--resume=nowhere"],
@@ -134,8 +134,9 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
             "train: error: model.kwargs.img_size: 32 does not match data.image_size (28); leave it out, or change the "
             "data",
         ),
-        (["evaluate"], "evaluate: error: the following arguments are required: checkpoint"),
+        (["evaluate"], "evaluate: error: give a sparse checkpoint, such as runs/<name>/sparse.safetensors"),
         (["evaluate", "nowhere.safetensors"], "evaluate: error: nowhere.safetensors: there is no such file"),
+        (["evaluate", "x", "--amp=y"], "evaluate: error: --amp: 'y' is not one of auto, float32, bfloat16, float16"),
         (["evaluate", "x", "--batch-size=many"], "evaluate: error: --batch-size: 'many' is not a whole number"),
         (["evaluate", "x", "--batchsize=1"], "evaluate: error: batchsize: unknown key; did you mean batch-size?"),
         (["evaluat", "x"], "error: unknown command 'evaluat'; did you mean evaluate?"),

@@ -75,7 +75,7 @@ def test_overrides_win_over_files_and_later_files_over_earlier(tmp_path: Path) -
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text("sparsity: {density: 0.3, seed: 4}\ntraining: {epochs: 7}\n")
     second.write_text("sparsity: {density: 0.2}\n")
-    config = read("--config", str(first), "--config", str(second), "--training.epochs", "9")
+    config = read("--training.epochs", "9", "--config", str(first), "--config", str(second))
     assert config.sparsity == SparsityConfig(density=0.2, seed=4)
     assert config.training.epochs == 9
     assert config.recipe == "second"

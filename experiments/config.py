@@ -188,7 +188,7 @@ class OutputConfig:
     runs: str = "runs"
     """Folder that holds the run folders."""
     name: str | None = None
-    """Name of the run folder; null for recipe and time."""
+    """Name of the run folder; null for the recipe's, with a number if there is one of that name."""
 
     def __post_init__(self) -> None:
         check = _Checks(self)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,13 +54,13 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
 
-def create_run_folder(output: OutputConfig, recipe: str, now: time.struct_time) -> RunFolder:
-    """A new folder, called ``<recipe>-YYYYmmdd-HHMMSS`` where it has no name (and ``-2``, ``-3``, ... if taken).
+def create_run_folder(output: OutputConfig, recipe: str) -> RunFolder:
+    """A new folder, called after its recipe where it has no name of its own (and ``-2``, ``-3``, ... if taken).
 
     Raises:
         ConfigError: the folder exists, or cannot be made.
     """
-    name = output.name or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S', now)}"
+    name = output.name or recipe
     for attempt in range(1, 1000):
         path = Path(output.runs) / (name if attempt == 1 else f"{name}-{attempt}")
         try:

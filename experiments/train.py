@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import time
 from collections.abc import Sequence
 
 import torch
@@ -79,7 +78,7 @@ def train(config: RunConfig, resumed: RunFolder | None, console: Console) -> int
     trainer = Trainer(config, data)
     with naming("model"):
         describe(trainer, {})  # what no checkpoint can hold is refused now, not after the training
-    folder = resumed or create_run_folder(config.output, config.recipe, time.localtime())
+    folder = resumed or create_run_folder(config.output, config.recipe)
     loop = Loop(trainer, folder)
     if resumed is not None:
         loop.resume()

@@ -26,7 +26,7 @@ from models import create_model, resolve
 from sparse_trainer.budget import Budget
 from sparse_trainer.flops import Count, count
 from sparse_trainer.report import MaskUpdate
-from sparse_trainer.scheduler import SparsityScheduler
+from sparse_trainer.scheduler import SparsityScheduler, prunable_weights
 
 MAY_CHANGE = (
     "output.",
@@ -329,10 +329,10 @@ class Trainer:
 
     @property
     def budget(self) -> Budget:
-        """Live and total prunable parameters, counted now; of a dense run all parameters."""
+        """Live and total prunable weights, counted now; of a dense run all of them."""
         if self.sparsity is not None:
             return self.sparsity.budget
-        total = sum(parameter.numel() for parameter in self.model.parameters())
+        total = sum(weight.numel() for weight in prunable_weights(self.model).values())
         return Budget(total, total)
 
     def count(self) -> Count:

@@ -75,11 +75,11 @@ class SparsityScheduler:
             drop_fraction_end=config.drop_fraction_end,
             stop_at=config.stop_at,
         )
-        dense_total = sum(p.numel() for p in _prunable(model, config.include, config.exclude).values())
+        dense_total = sum(p.numel() for p in prunable_weights(model, config.include, config.exclude).values())
         self._units: UnitSwaps | None = None
         if config.structured:
             self._units = self._make_compact(closure)
-        prunable = _prunable(model, config.include, config.exclude)
+        prunable = prunable_weights(model, config.include, config.exclude)
         self._total = dense_total
         self._weights: WeightMasks | None = None
         if config.masks_weights:
@@ -97,23 +97,23 @@ class SparsityScheduler:
 
     def _make_compact(self, closure: LossClosure | None) -> UnitSwaps:
         blocks = find_blocks(self.model)
+        roundings: set[str] = set()
         heads = {n: count_units(self.config.head_density, b.heads.count(), "head") for n, b in blocks.items()}
         neurons = {n: count_units(self.config.neuron_density, b.neurons.count(), "neuron") for n, b in blocks.items()}
-        for what, density, chosen, counts in (
-            ("head", self.config.head_density, heads, {n: b.heads.count() for n, b in blocks.items()}),
-            (
-                "neuron",
-                self.config.neuron_density,
-                neurons,
-                {n: b.neurons.count() for n, b in blocks.items()},
-            ),
-        ):
-            rounded = {(chosen[n], counts[n]) for n in blocks if abs(chosen[n] - density * counts[n]) > 1e-6}
-            for live, total in sorted(rounded):
-                warnings.warn(
-                    f"{what}_density: {density} of {total} {what}s is rounded to {live} ({live / total:.3f})",
-                    stacklevel=4,
-                )
+        for block in blocks.values():
+            for group, density, live in (
+                (block.heads, self.config.head_density, heads[block.name]),
+                (block.neurons, self.config.neuron_density, neurons[block.name]),
+            ):
+                share = live / group.count()
+                # Heads are few, so any rounding is worth a word; of neurons only one that can be felt.
+                if abs(share - density) > (1e-6 if group.kind == "head" else 0.01):
+                    roundings.add(
+                        f"{group.kind}_density: {density} of {group.count()} {group.kind}s "
+                        f"is rounded to {live} ({share:.3f})"
+                    )
+        for rounding in sorted(roundings):
+            warnings.warn(rounding, stacklevel=4)
         generator = torch.Generator().manual_seed(self.config.seed)
         return UnitSwaps(self.model, heads, neurons, generator=generator, start=self.config.start, closure=closure)
 
@@ -430,7 +430,9 @@ class SparsityScheduler:
         self._arm()
 
 
-def _prunable(model: nn.Module, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+def prunable_weights(
+    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> dict[str, nn.Parameter]:
     """The weights of ``Linear`` and ``Conv2d`` by name, in the model's order; a shared one under its first name.
 
     A pattern matches the parameter's name or its module's, as in a shell.

@@ -88,7 +88,7 @@ def test_the_quickstart_model_needs_timm_only() -> None:
     ours, timms = create_model("deit_quickstart", num_classes=7), timm.create_model(name, **kwargs)
     assert [(n, p.shape) for n, p in ours.named_parameters()] == [(n, p.shape) for n, p in timms.named_parameters()]
     assert len(ours.blocks) == 6
-    assert (ours.blocks[0].attn.num_heads, ours.blocks[0].attn.head_dim) == (3, 32)
+    assert (ours.blocks[0].attn.num_heads, ours.blocks[0].attn.head_dim) == (4, 16)
     assert ours(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
 
 

@@ -1,0 +1,87 @@
+"""The README is true: its commands run as printed (with fewer steps where they are long), its tree is the tree."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from experiments.__main__ import main
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Every ``sparse-trainer`` command of the README, split into words."""
+    lines = [part.strip() for block in blocks("bash") for line in block.splitlines() for part in line.split("&&")]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("sparse-trainer ")]
+
+
+SHORT = ["--data.train_subset", "1000", "--data.eval_subset", "100", "--training.epochs", "2"]
+SHORT += ["--schedule.warmup_epochs", "0.5", "--sparsity.updates", "2"]
+
+
+def test_the_commands_of_the_quick_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = commands()
+    assert ["train"] in found
+    assert ["evaluate", "runs/quickstart/sparse.safetensors"] in found
+    assert main(["train", *SHORT]) == 0
+    output = capsys.readouterr().out
+    for word in ("accuracy", "live parameters", "MACs", "sparse file", "written to", "tensorboard --logdir runs"):
+        assert word in output
+    assert main(["evaluate", "runs/quickstart/sparse.safetensors"]) == 0
+    assert "top-1" in capsys.readouterr().out
+    assert "tensorboard --logdir runs" in TEXT
+    events = EventAccumulator(str(tmp_path / "runs" / "quickstart" / "tensorboard"), {"images": 0}).Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert {"budget/live_parameters", "update/exploration_rate", "update/seconds", "eval/top1"} <= scalars
+    assert "heads/live" in events.Tags()["images"]
+
+
+def test_the_other_commands_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *commands()[2][1:], *SHORT]) == 0
+    capsys.readouterr()
+    recipe = next(words for words in commands() if "svite_deit_small" in words)
+    assert main(recipe) == 2  # there is no ImageNet here, and that is what it says
+    assert "data/imagenet" in capsys.readouterr().err
+
+
+def test_the_loop_of_ten_lines() -> None:
+    (example,) = blocks("python")
+    images, targets = torch.randn(2, 3, 224, 224), torch.tensor([3, 5])
+    names = {"loader": [(images, targets)], "criterion": nn.CrossEntropyLoss()}
+    exec(compile(example, "README.md", "exec"), names)
+    scheduler = names["scheduler"]
+    assert scheduler.budget.live == round(0.5 * 21_912_576)  # type: ignore[attr-defined]
+    assert scheduler.step_number == 1  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("tower", ["sparse_trainer", "models"])
+def test_the_tree_is_the_tree(tower: str) -> None:
+    section = TEXT.split(f"\n{tower}/ ")[1].split("\n```")[0]
+    section = re.split(r"\n\w+/ ", section)[0]
+    listed = set(re.findall(r"^  (\w+\.py) ", section, flags=re.MULTILINE))
+    assert listed == {path.name for path in (ROOT / tower).glob("*.py")} - {"__init__.py"}
+
+
+def test_the_checks_are_what_ci_runs() -> None:
+    assert "<!-- checks -->" in (ROOT / ".ci" / "run").read_text()
+    checks = TEXT.split("<!-- checks -->")[1].split("```")[1]
+    for tool in ("ruff format --check", "ruff check", "mypy", "pytest"):
+        assert tool in checks

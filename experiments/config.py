@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -61,6 +62,8 @@ class ModelConfig:
     """Any ViT of timm, such as deit_small_patch16_224, or deit_quickstart."""
     pretrained: bool = False
     """Start from timm's weights."""
+    start: str | None = None
+    """Start from the weights of a dense run of this project: its folder, or a sparse checkpoint of it."""
     drop_path: float = 0.0
     """Stochastic depth: the greatest probability that a block is left out."""
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -71,7 +74,54 @@ class ModelConfig:
         check = _Checks(self)
         check("drop_path", "a probability in [0, 1)", lambda v: 0 <= v < 1)
         check("name", "a model name", lambda v: bool(v))
+        check("start", "a run folder, a checkpoint or null", lambda v: v is None or bool(v))
+        if self.pretrained and self.start is not None:
+            check.problems.append("pretrained and start: give one of them, not both")
         check.done()
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is minimised: a weighted sum of up to three terms. A weight of 0 switches a term off."""
+
+    cross_entropy_weight: float = 1.0
+    """Of the cross-entropy with the labels."""
+    macs_target: float | None = None
+    """Share of the dense network's MACs (all heads, neurons and tokens) that a threshold selector is to reach on the
+    mean; null for no such term."""
+    macs_weight: float = 2.0
+    """Of the distance to the target, in GMACs. Small networks need a large one: at 0.01 GMACs dense it is at most
+    0.01."""
+    teacher: str | None = None
+    """Dense network to learn from: a run folder or sparse checkpoint of this project, or a timm name with pretrained
+    weights; null for none."""
+    distillation_weight: float = 0.5
+    """Of the divergence from the teacher, KL(student || teacher)."""
+    temperature: float = 1.0
+    """Divides the logits of both before they are compared."""
+
+    def __post_init__(self) -> None:
+        check = _Checks(self)
+        for name in ("cross_entropy_weight", "macs_weight", "distillation_weight"):
+            check(name, "0 or more", lambda v: 0 <= v < math.inf)
+        check("macs_target", "a share in (0, 1] or null", lambda v: v is None or 0 < v <= 1)
+        check("temperature", "a positive number", lambda v: 0 < v < math.inf)
+        check("teacher", "a run folder, a checkpoint, a timm name or null", lambda v: v is None or bool(v))
+        if self.cross_entropy_weight == 0 and not self.distills:
+            check.problems.append(
+                "cross_entropy_weight: 0 leaves nothing to learn from; give a teacher and a distillation_weight above 0"
+            )
+        check.done()
+
+    @property
+    def distills(self) -> bool:
+        """Whether a teacher is needed."""
+        return self.teacher is not None and self.distillation_weight > 0
+
+    @property
+    def bounds_macs(self) -> bool:
+        """Whether the MACs are a part of the loss."""
+        return self.macs_target is not None and self.macs_weight > 0
 
 
 @dataclass(frozen=True)
@@ -213,6 +263,7 @@ class RunConfig:
     """null trains the dense network."""
     selector: SelectorConfig | None = None
     """null looks at all tokens."""
+    losses: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -260,8 +311,9 @@ def resolve(config: RunConfig, recipe: str = "") -> RunConfig:
     """Replace everything that is chosen automatically by what is chosen, so that the record reproduces the run.
 
     Raises:
-        ConfigError: the device or the precision does not exist here.
+        ConfigError: the device or the precision does not exist here, or two sections do not go together.
     """
+    _check_target(config)
     device = choose_device(config.training.device)
     amp = config.training.amp
     if amp == "auto":
@@ -275,6 +327,23 @@ def resolve(config: RunConfig, recipe: str = "") -> RunConfig:
         optimizer=dataclasses.replace(config.optimizer, lr=lr),
         training=dataclasses.replace(config.training, device=str(device), amp=amp),
     )
+
+
+def _check_target(config: RunConfig) -> None:
+    """Refuse a target that nothing could learn to reach."""
+    target, selector = config.losses.macs_target, config.selector
+    if target is None:
+        return
+    if selector is None:
+        raise ConfigError(
+            f"losses.macs_target: {target} needs tokens that can be dropped, but selector is null; set selector.kind "
+            "to threshold"
+        )
+    if selector.kind != "threshold":
+        raise ConfigError(
+            f"losses.macs_target: {target} cannot be learned with selector.kind {selector.kind}, whose MACs "
+            f"selector.keep_ratio ({selector.keep_ratio}) fixes; set selector.kind to threshold, or macs_target to null"
+        )
 
 
 @contextmanager
@@ -308,6 +377,7 @@ _RECORDS: dict[str, type] = {
     "data": DataConfig,
     "sparsity": SparsityConfig,
     "selector": SelectorConfig,
+    "losses": LossConfig,
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,
     "training": TrainingConfig,

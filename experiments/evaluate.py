@@ -25,9 +25,9 @@ from experiments.config import (
 )
 from experiments.console import create_console, print_table
 from experiments.data import Data, DataConfig, create_data
-from experiments.metrics import measure, precision_context
+from experiments.metrics import count_used, describe_tokens, measure, precision_context
 from models import create_model
-from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_sparse, read_info
+from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_sparse, load_sparse_masks, read_info
 
 WRONG, INTERRUPTED = 2, 130
 
@@ -146,29 +146,32 @@ def _evaluate(arguments: Sequence[str]) -> int:
     data = open_eval_data(data_config, info, str(device))
     started = time.perf_counter()
     with naming("data"):
-        found = measure(model, data.eval, precision_context(device, amp))
+        measured = measure(model, data.eval, precision_context(device, amp))
     seconds = time.perf_counter() - started
+    found, macs = measured.metrics, float(info.macs)
+    if measured.tokens is not None:  # they depend on the images
+        size = (data.in_chans, data.image_size, data.image_size)
+        macs = count_used(model, load_sparse_masks(path), measured.tokens, size).live_macs
     numbers = {
         **found,
         "images_per_second": found["images"] / seconds,
         "live_parameters": info.budget.live,
         "total_parameters": info.budget.total,
-        "macs": info.macs,
+        "macs": round(macs),
     }
     if options.json:
         print(json.dumps({"checkpoint": str(path), **numbers}))
         return 0
-    print_table(
-        create_console(),
-        str(path),
-        [
-            ("accuracy", f"top-1 {found['top1']:.2f} %   top-5 {found['top5']:.2f} %"),
-            ("loss", f"{found['loss']:.4f}"),
-            ("images", f"{found['images']:,} of {data_config.dataset} ({data_config.eval_split})"),
-            ("model", info.model),
-            ("live parameters", str(info.budget)),
-            ("MACs per image", f"{info.macs / 1e6:,.1f} M live"),
-            ("speed", f"{numbers['images_per_second']:,.0f} images/s, {amp} on {device}, data included"),
-        ],
-    )
+    rows = [
+        ("accuracy", f"top-1 {found['top1']:.2f} %   top-5 {found['top5']:.2f} %"),
+        ("loss", f"{found['loss']:.4f}"),
+        ("images", f"{found['images']:,} of {data_config.dataset} ({data_config.eval_split})"),
+        ("model", info.model),
+        ("live parameters", str(info.budget)),
+        ("MACs per image", f"{macs / 1e6:,.1f} M live"),
+        ("speed", f"{numbers['images_per_second']:,.0f} images/s, {amp} on {device}, data included"),
+    ]
+    if measured.tokens is not None:
+        rows.insert(-1, ("patches kept", describe_tokens(measured.tokens)))
+    print_table(create_console(), str(path), rows)
     return 0

@@ -12,13 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from torch import Tensor
+
 from experiments.config import flatten
 from experiments.console import Display
+from experiments.metrics import Measured
+from experiments.overlay import draw, examples
 from experiments.run_folder import MetricsWriter, RunFolder
 from experiments.training import StepResult, Trainer, TrainingError
 from models import create_model
 from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_resume, save_resume, save_sparse
 from sparse_trainer.mask_log import MaskLog
+
+EXAMPLES = 10
+"""Images in the picture of dropped patches."""
 
 
 class Stopped(Exception):
@@ -119,6 +126,7 @@ class Loop:
         self.budget = trainer.budget
         self._metrics_size = 0
         self._images_since, self._seconds_since = 0, 0.0
+        self._examples: Tensor | None = None  # the images of tokens/overlay
         self.score = "ema_top1" if trainer.ema is not None else "top1"
 
     def resume(self) -> None:
@@ -225,26 +233,29 @@ class Loop:
             self.writer.add_scalar("budget/macs", trainer.count().live_macs, result.update.step)
         if trainer.tried % trainer.config.training.log_every and not trainer.finished:
             return
-        loss, norm = trainer.take_running()
+        means = trainer.take_running()
         seconds = self.clock.seconds
         speed = self._images_since / max(seconds - self._seconds_since, 1e-9)
         self._images_since, self._seconds_since = 0, seconds
         numbers = {
-            "train/loss": loss,
+            **means,
+            **trainer.thresholds(),
             "train/lr": trainer.lr,
-            "train/grad_norm": norm,
             "train/images_per_second": speed,
             "train/epoch": trainer.epoch,
             "train/bad_steps": trainer.bad_steps,
         }
         self.writer.add_numbers(numbers, trainer.tried)
-        display.status(trainer.tried, trainer.epoch, loss, speed)
+        display.status(trainer.tried, trainer.epoch, means["train/loss"], speed)
 
     def _evaluate(self, display: Display) -> None:
         self.clock.pause()
         trainer = self.trainer
-        metrics = trainer.evaluate()
+        measured = trainer.evaluate()
+        metrics = measured.metrics
         self.writer.add_numbers({f"eval/{name}": value for name, value in metrics.items()}, trainer.tried)
+        if measured.tokens is not None:
+            self._show_tokens(measured)
         if trainer.sparsity is not None:
             self.mask_log.log_weights(trainer.tried, trainer.model, trainer.masks)
         self.history.evaluations.append({"step": trainer.tried, **metrics})
@@ -260,6 +271,19 @@ class Loop:
             + ("  best" if is_best else "")
         )
         self.clock.go_on()
+
+    def _show_tokens(self, measured: Measured) -> None:
+        """What was kept at an evaluation: how it differs between images, and where in the images it lies."""
+        trainer, step = self.trainer, self.trainer.tried
+        self.writer.add_scalar("budget/macs", trainer.count().live_macs, step)
+        if measured.kept is not None:
+            for stage, counts in zip(trainer.stages, measured.kept.unbind(dim=1), strict=True):
+                self.writer.add_histogram(f"tokens/kept_per_image/{stage}", counts.cpu(), step)
+        if self._examples is None:
+            self._examples = examples(*next(iter(trainer.data.eval.batches())), EXAMPLES)
+        data = trainer.data
+        picture, _ = draw(trainer.result_model, self._examples, data.mean, data.std, trainer.autocast)
+        self.writer.add_image("tokens/overlay", picture, step)
 
     def _save_sparse(self, path: Path, metrics: Mapping[str, float]) -> None:
         """The average of the weights where one is kept, else the weights."""

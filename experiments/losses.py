@@ -1,11 +1,16 @@
-"""The loss of a training run."""
+"""The terms of the training loss, as functions: cross-entropy, the budget of MACs, and distillation."""
 
 from __future__ import annotations
 
+import torch
 from timm.loss import SoftTargetCrossEntropy
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from experiments.data_config import DataConfig
+from models import Selection, tokens_per_block
+from sparse_trainer.flops import model_macs
+from sparse_trainer.units import find_blocks
 
 
 def create_loss(data: DataConfig) -> nn.Module:
@@ -17,3 +22,38 @@ def create_loss(data: DataConfig) -> nn.Module:
     if data.mixes:
         return SoftTargetCrossEntropy()
     return nn.CrossEntropyLoss(label_smoothing=data.label_smoothing)
+
+
+def macs_loss(selection: Selection, model: nn.Module, target: float, dense_macs: float) -> Tensor:
+    """``|mean MACs of the batch - target * dense MACs|`` in GMACs, a scalar (AS-ViT, arXiv 2209.13802).
+
+    What counts is what is computed: live heads and neurons and kept tokens. Zeros among the weights save nothing
+    here, as they save no time.
+
+    Args:
+        selection: of a training forward; its masks carry the gradient to the thresholds.
+        model: as it is, dense or compact.
+        target: share of ``dense_macs``.
+        dense_macs: MACs of one image in the dense network: all heads and neurons, all tokens, no selector. So a
+            target means the same whatever else is made smaller.
+    """
+    tokens = tokens_per_block(selection, len(find_blocks(model)))
+    # In GMACs from the start: 1e9 and its square would leave float32 few digits.
+    mean = (model_macs(model, tokens) / 1e9).mean()
+    return (mean - target * dense_macs / 1e9).abs()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """``KL(student || teacher)``, mean over the batch, in at least float32: a scalar.
+
+    ``T^2 * sum_k p_k (log p_k - log q_k)`` with ``p = softmax(student / T)`` and ``q = softmax(teacher / T)``. It is
+    the student's own distribution that weighs the classes. ``T^2`` keeps the gradient's size where T is not 1.
+
+    Args:
+        student: logits ``[B, K]``.
+        teacher: logits ``[B, K]``, without gradient.
+        temperature: T.
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    own, other = (functional.log_softmax(logits.to(dtype) / temperature, dim=-1) for logits in (student, teacher))
+    return (own.exp() * (own - other)).sum(dim=-1).mean() * temperature**2

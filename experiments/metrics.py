@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from experiments.data_batches import EvalBatches
+from models import tokens_per_block
+from sparse_trainer.flops import Count, count
+from sparse_trainer.units import find_blocks
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -35,35 +40,113 @@ def count_correct(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([count.double() for count in counts])
 
 
-@torch.inference_mode()
-def measure(model: nn.Module, batches: EvalBatches, autocast: Autocast) -> dict[str, float]:
-    """Accuracy in percent and mean loss over all images, each counted once over all processes.
+@dataclass(frozen=True)
+class TokenUse:
+    """How many tokens the images of a set kept."""
 
-    Returns:
-        ``top1``, ``top5``, ``loss`` and ``images``.
+    stages: tuple[int, ...]  #: block before which each choice is made
+    patches: int  #: of an image
+    kept: tuple[float, ...]  #: mean patches kept, per stage
+    mean: tuple[float, ...]  #: mean tokens entering each block, prefix tokens included
+    mean_square: tuple[float, ...]  #: mean of their squares: attention costs the square of every image's own number
+
+    def metrics(self) -> dict[str, float]:
+        """The means by name: ``tokens_kept/<block>``."""
+        return {f"tokens_kept/{stage}": kept for stage, kept in zip(self.stages, self.kept, strict=True)}
+
+
+def describe_tokens(tokens: TokenUse) -> str:
+    """For a table: what each stage leaves of an image, on the mean."""
+    return ", ".join(
+        f"{kept:.1f} of {tokens.patches} ({kept / tokens.patches:.0%}) before block {stage}"
+        for stage, kept in zip(tokens.stages, tokens.kept, strict=True)
+    )
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model achieved on a set of images."""
+
+    metrics: dict[str, float]  #: ``top1`` and ``top5`` in percent, ``loss``, ``images``; ``tokens_kept/<block>``
+    tokens: TokenUse | None  #: None without a selector
+    kept: Tensor | None  #: patches kept ``[N, stages]`` of each image that this process saw
+
+
+def count_used(
+    model: nn.Module, masks: Mapping[str, Tensor], tokens: TokenUse | None, input_size: tuple[int, int, int]
+) -> Count:
+    """Parameters, and mean MACs of one image with the tokens that images keep.
+
+    Args:
+        tokens: measured; None counts all tokens.
+        input_size: ``(C, H, W)``, for a model that is not one of timm's VisionTransformers.
+    """
+    if tokens is None:
+        try:
+            return count(model, masks)
+        except ValueError:  # counted on a run without memory
+            return count(model, masks, input_size=input_size)
+    found = count(model, masks, tokens=tokens.mean)
+    layers = dict(found.layers)
+    for name, mean, square in zip(find_blocks(model), tokens.mean, tokens.mean_square, strict=True):
+        # It was counted with the square of the mean, and images differ.
+        attention, ratio = layers[f"{name}.attn"], square / mean**2
+        layers[f"{name}.attn"] = replace(attention, macs=attention.macs * ratio, live_macs=attention.live_macs * ratio)
+    return replace(
+        found,
+        macs=sum(layer.macs for layer in layers.values()),
+        live_macs=sum(layer.live_macs for layer in layers.values()),
+        layers=layers,
+    )
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, batches: EvalBatches, autocast: Autocast) -> Measured:
+    """Accuracy, loss and kept tokens over all images, each counted once over all processes.
 
     Raises:
         ValueError: there was no image.
     """
     was_training = model.training
     model.eval()
+    selector = cast(Any, getattr(model, "selector", None))
+    depth = len(find_blocks(model)) if selector is not None else 0
+    stages: tuple[int, ...] = selector.stages if selector is not None else ()
     total: Tensor | None = None
+    kept: list[Tensor] = []
     for images, targets in batches.batches():
         with autocast():
-            logits = model(images)
-        counts = count_correct(logits, targets)
-        total = counts if total is None else total + counts
+            logits, selection = model(images, return_selection=True) if selector is not None else (model(images), None)
+        sums = [count_correct(logits, targets)]
+        if selection is not None:
+            kept.append(selection.counts)
+            tokens = tokens_per_block(selection, depth).double()
+            sums += [kept[-1].sum(dim=0).double(), tokens.sum(dim=0), tokens.square().sum(dim=0)]
+        total = torch.cat(sums) if total is None else total + torch.cat(sums)
     model.train(was_training)
     if total is None:
-        total = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
+        size = 4 + len(stages) + 2 * depth
+        total = torch.zeros(size, dtype=torch.float64, device=next(model.parameters()).device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(total)
-    images_seen, loss, top1, top5 = total.tolist()
+    images_seen, *sums_seen = total.tolist()
     if images_seen == 0:
         raise ValueError("data.eval_split: there is no image to evaluate on")
-    return {
+    loss, top1, top5, *token_sums = sums_seen
+    metrics = {
         "top1": 100 * top1 / images_seen,
         "top5": 100 * top5 / images_seen,
         "loss": loss / images_seen,
         "images": int(images_seen),
     }
+    if selector is None:
+        return Measured(metrics, None, None)
+    means = [value / images_seen for value in token_sums]
+    use = TokenUse(
+        stages=stages,
+        patches=int(cast(Any, model).patch_embed.num_patches),
+        kept=tuple(means[: len(stages)]),
+        mean=tuple(means[len(stages) : len(stages) + depth]),
+        mean_square=tuple(means[len(stages) + depth :]),
+    )
+    return Measured({**metrics, **use.metrics()}, use, torch.cat(kept) if kept else None)

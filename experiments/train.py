@@ -14,6 +14,7 @@ from experiments.config import ConfigError, RunConfig, create_parser, naming, pa
 from experiments.console import Display, create_console, print_table
 from experiments.data import Data, create_data
 from experiments.loop import Loop, Stopped, describe, stop_on_interrupt
+from experiments.metrics import describe_tokens
 from experiments.run_folder import RunFolder, create_run_folder, find_run, write_text
 from experiments.training import Trainer, TrainingError
 from sparse_trainer.checkpoint import CheckpointError
@@ -75,7 +76,7 @@ def read_command_line(arguments: Sequence[str]) -> tuple[RunConfig, RunFolder | 
 def train(config: RunConfig, resumed: RunFolder | None, console: Console) -> int:
     """Train from the beginning, or from the last checkpoint of ``resumed``."""
     data = _open_data(config)
-    trainer = Trainer(config, data)
+    trainer = Trainer(config, data, resuming=resumed is not None)
     with naming("model"):
         describe(trainer, {})  # what no checkpoint can hold is refused now, not after the training
     folder = resumed or create_run_folder(config.output, config.recipe)
@@ -146,7 +147,7 @@ def _conclude(loop: Loop, console: Console) -> None:
         (
             "MACs per image",
             f"{count.live_macs / 1e6:,.1f} M live, {count.macs / 1e6:,.1f} M as computed; dense "
-            f"{trainer.dense_count.macs / 1e6:,.1f} M",
+            f"{trainer.dense_macs / 1e6:,.1f} M",
         ),
         (
             "sparse file",
@@ -157,6 +158,8 @@ def _conclude(loop: Loop, console: Console) -> None:
         ("saved weights", "average over the training (EMA)" if trainer.ema is not None else "of the last step"),
         ("written to", str(folder.path)),
     ]
+    if trainer.tokens is not None:
+        rows.insert(4, ("patches kept", describe_tokens(trainer.tokens)))
     if trainer.bad_steps:
         rows.insert(-1, ("dropped steps", f"{trainer.bad_steps} with a loss or gradient that was not finite"))
     if trainer.data.corrupt_files:

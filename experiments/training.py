@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import random
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import numpy as np
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 
 from experiments.config import ConfigError, OptimizerConfig, RunConfig, ScheduleConfig, flatten, naming
 from experiments.data import Data, create_mixup
-from experiments.losses import create_loss
-from experiments.metrics import measure, precision_context
-from models import create_model, resolve
+from experiments.losses import create_loss, distillation_loss, macs_loss
+from experiments.metrics import Measured, TokenUse, count_used, measure, precision_context
+from experiments.pretrained import create_teacher, load_start
+from models import Selection, create_model, resolve
 from sparse_trainer.budget import Budget
-from sparse_trainer.flops import Count, count
+from sparse_trainer.flops import Count, model_macs
 from sparse_trainer.report import MaskUpdate
 from sparse_trainer.scheduler import SparsityScheduler, prunable_weights
 
@@ -108,11 +110,15 @@ class Network:
     arguments: dict[str, Any]  #: all that ``timm.create_model`` needs beside the name and ``pretrained``
 
 
-def create_network(config: RunConfig, data: Data) -> Network:
-    """The dense model that fits the data.
+def create_network(config: RunConfig, data: Data, *, resuming: bool = False) -> Network:
+    """The dense model that fits the data, with a selector if there is one.
+
+    Args:
+        resuming: its weights will be loaded, so those to start from are not looked for.
 
     Raises:
-        ConfigError: the name is unknown, or its arguments and the data do not go together.
+        ConfigError: the name is unknown, its arguments and the data do not go together, or there are no such weights
+            to start from.
     """
     given = config.model.kwargs
     for key, own, source in (
@@ -130,11 +136,14 @@ def create_network(config: RunConfig, data: Data) -> Network:
     with naming("model"):
         name, arguments = resolve(config.model.name, wanted)
         try:
-            model = create_model(name, selector=config.selector, pretrained=config.model.pretrained, **arguments)
+            pretrained = config.model.pretrained and not resuming
+            model = create_model(name, selector=config.selector, pretrained=pretrained, **arguments)
         except ValueError:
             raise
         except Exception as error:  # of timm, of a download, of whatever an argument reaches
             raise ValueError(f"{name} cannot be made with {arguments}: {error or type(error).__name__}") from error
+    if config.model.start is not None and not resuming:
+        load_start(model, config.model.start, data)
     return Network(model, name, arguments)
 
 
@@ -233,9 +242,28 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
 class Running:
     """Sums since the last record, on the device: reading them every step would make the host wait."""
 
-    loss: Tensor
-    gradient_norm: Tensor
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars by tag."""
+    kept: Tensor | None = None
+    """Mean patches kept ``[stages]``."""
     steps: int = 0
+
+    def add(self, values: Mapping[str, Tensor], kept: Tensor | None) -> None:
+        """One step that counted."""
+        for tag, value in values.items():
+            self.sums[tag] = self.sums[tag] + value if tag in self.sums else value
+        if kept is not None:
+            self.kept = kept if self.kept is None else self.kept + kept
+        self.steps += 1
+
+    def means(self, stages: tuple[int, ...]) -> dict[str, float]:
+        """Means over the steps by tag; a loss and gradient norm that are NaN if there was none."""
+        if not self.steps:
+            return {"train/loss": math.nan, "train/grad_norm": math.nan}
+        tags = [*self.sums, *(f"tokens/kept/{stage}" for stage in stages if self.kept is not None)]
+        sums = torch.stack(list(self.sums.values()))
+        values = sums if self.kept is None else torch.cat([sums, self.kept])
+        return {tag: value / self.steps for tag, value in zip(tags, values.tolist(), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -254,31 +282,50 @@ class Trainer:
         config: resolved (:func:`experiments.config.resolve`).
         data: what to train on; its batches are pure in seed, epoch and batch.
         rank, world_size: this process and their number.
+        resuming: :meth:`load_state_dict` comes next, so the weights to start from need not be there any more.
 
     Raises:
         ConfigError: the parts of the configuration do not go together.
     """
 
-    def __init__(self, config: RunConfig, data: Data, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, config: RunConfig, data: Data, *, rank: int = 0, world_size: int = 1, resuming: bool = False
+    ) -> None:
         self.config, self.data, self.rank, self.world_size = config, data, rank, world_size
         training = config.training
         self.device = torch.device(training.device)
         self.plan = create_plan(config, data.steps_per_epoch())
         seed_everything(training.seed)
 
-        network = create_network(config, data)
+        network = create_network(config, data, resuming=resuming)
         self.model_name, self.model_arguments = network.name, network.arguments
         self.model = network.model.to(self.device)
+        self.model.train()
+        self.autocast = precision_context(self.device, training.amp)
+        self.loss = create_loss(config.data)
+        self.mixing = create_mixup(config.data, data.num_classes, seed=training.seed)
+        self.teacher = None
+        if config.losses.distills:
+            assert config.losses.teacher is not None
+            self.teacher = create_teacher(config.losses.teacher, data, self.device)
         self.notes: tuple[str, ...] = ()
         self.sparsity: SparsityScheduler | None = None
-        self.dense_bytes = sum(tensor.nbytes for tensor in self.model.state_dict().values())
-        self.dense_count = self.count()
+        self.tokens: TokenUse | None = None  # of the evaluation before; None: all tokens, or none measured yet
+        dense = {name: value for name, value in self.model.state_dict().items() if not name.startswith("selector.")}
+        self.dense_bytes = sum(tensor.nbytes for tensor in dense.values())
+        layers = self.count().layers
+        #: MACs of one image in the network with all its heads, neurons and tokens, and without a selector.
+        self.dense_macs = sum(layer.macs for name, layer in layers.items() if not name.startswith("selector."))
         if config.sparsity is not None:
+            closure = self._first_loss if config.sparsity.structured and config.sparsity.start == "score" else None
             with naming("sparsity"), warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                self.sparsity = SparsityScheduler(self.model, config.sparsity, total_steps=self.plan.total_steps)
+                self.sparsity = SparsityScheduler(
+                    self.model, config.sparsity, total_steps=self.plan.total_steps, closure=closure
+                )
             self.notes = tuple(str(warning.message) for warning in caught)
-        self.model.train()
+            self.model.train()
+        self._check_target()
 
         self.ema: ModelEmaV3 | None = None
         if training.ema_decay is not None:
@@ -289,15 +336,12 @@ class Trainer:
                 self.sparsity.attach(self.optimizer, ema=self.ema.module if self.ema is not None else None)
         self.lr_schedule = create_lr_schedule(self.optimizer, config.schedule, self.plan)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "float16")
-        self.autocast = precision_context(self.device, training.amp)
-        self.loss = create_loss(config.data)
-        self.mixing = create_mixup(config.data, data.num_classes, seed=training.seed)
         self.forward: nn.Module = torch.compile(self.model) if training.compile else self.model  # type: ignore[assignment]
 
         self.tried = 0  # optimizer steps tried: it alone decides which images come next
         self.step = 0  # optimizer steps that counted
         self.bad_in_a_row = 0
-        self.running = self._no_running()
+        self.running = Running()
         self._batches: Iterator[tuple[int, int, Tensor, Tensor]] = self._read_batches()
 
     @property
@@ -336,12 +380,23 @@ class Trainer:
         return Budget(total, total)
 
     def count(self) -> Count:
-        """Parameters and multiply-accumulates, counted now."""
-        try:
-            return count(self.model, self.masks)
-        except ValueError:  # not one of timm's VisionTransformers: counted on a run without memory
-            size = (self.data.in_chans, self.data.image_size, self.data.image_size)
-            return count(self.model, self.masks, input_size=size)
+        """Parameters and mean multiply-accumulates of an image, counted now, with the tokens that were kept at the
+        last evaluation."""
+        size = (self.data.in_chans, self.data.image_size, self.data.image_size)
+        return count_used(self.model, self.masks, self.tokens, size)
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """Blocks before which tokens are dropped."""
+        selector = self.config.selector
+        return () if selector is None or selector.stages is None else selector.stages
+
+    def thresholds(self) -> dict[str, float]:
+        """What a threshold selector compares with, in units of 197 tokens, by tag."""
+        if self.config.selector is None or self.config.selector.kind != "threshold":
+            return {}
+        values = cast(Any, self.model).selector.thresholds.tolist()
+        return {f"tokens/threshold/{stage}": value for stage, value in zip(self.stages, values, strict=True)}
 
     def train_step(self) -> StepResult:
         """One optimizer step. Where loss or gradient is not finite it is dropped: no weight, moment, mask or
@@ -353,16 +408,22 @@ class Trainer:
         accumulate = self.plan.accumulate
         if hasattr(self.model, "set_progress"):
             cast(Any, self.model).set_progress(self.tried / self.plan.total_steps)
-        total_loss: Tensor | None = None
+        found: dict[str, Tensor] = {}
+        kept: Tensor | None = None
         for _ in range(accumulate):
             epoch, batch, images, targets = next(self._batches)
             if self.mixing is not None:
                 images, targets = self.mixing(images, targets, epoch=epoch, batch=batch)
-            loss = self._loss_of(self.forward, images, targets)
+            terms, selection = self._terms(self.forward, images, targets)
+            loss = self._weigh(terms)
             self.scaler.scale(loss / accumulate).backward()
-            part = loss.detach().float() / accumulate
-            total_loss = part if total_loss is None else total_loss + part
-        assert total_loss is not None
+            for name, value in {"loss": loss, **terms}.items():
+                part = value.detach().float() / accumulate
+                found[name] = found[name] + part if name in found else part
+            if selection is not None:
+                share = selection.counts.float().mean(dim=0) / accumulate
+                kept = share if kept is None else kept + share
+        total_loss = found["loss"]
         self.scaler.unscale_(self.optimizer)
         norm = self._clip_gradient()
         # The one number that the host reads in a step: it decides whether the optimizer moves.
@@ -379,9 +440,7 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update(self.model, step=self.step)
             self.lr_schedule.step_update(self.step)
-            self.running.loss += total_loss
-            self.running.gradient_norm += norm
-            self.running.steps += 1
+            self.running.add({f"train/{name}": value for name, value in {**found, "grad_norm": norm}.items()}, kept)
         else:
             self.bad_in_a_row += 1
             if self.bad_in_a_row >= self.config.training.max_bad_steps:
@@ -392,21 +451,26 @@ class Trainer:
                 )
         return StepResult(counted, update, notes)
 
-    def take_running(self) -> tuple[float, float]:
-        """Mean loss and gradient norm since the last call; NaN if no step counted."""
-        steps = self.running.steps
-        loss, norm = torch.stack([self.running.loss, self.running.gradient_norm]).tolist()
-        self.running = self._no_running()
-        return (loss / steps, norm / steps) if steps else (math.nan, math.nan)
+    def take_running(self) -> dict[str, float]:
+        """Means since the last call by tag: loss and its terms (unweighted), gradient norm, patches kept per stage."""
+        means, self.running = self.running.means(self.stages), Running()
+        return means
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy in percent and loss of the model, and of the average of its weights as ``ema_*``."""
+    def evaluate(self) -> Measured:
+        """Accuracy in percent and loss of the model, and of the average of its weights as ``ema_*``.
+
+        With a selector also the patches that :attr:`result_model` kept, ``tokens_kept/<block>``, and its mean MACs
+        of one image, which hold until the next evaluation.
+        """
         found = measure(self.model, self.data.eval, self.autocast)
-        metrics = {name: found[name] for name in ("top1", "top5", "loss")}
+        metrics = {name: found.metrics[name] for name in ("top1", "top5", "loss")}
         if self.ema is not None:
             found = measure(self.ema.module, self.data.eval, self.autocast)
-            metrics |= {f"ema_{name}": found[name] for name in ("top1", "top5", "loss")}
-        return metrics
+            metrics |= {f"ema_{name}": found.metrics[name] for name in ("top1", "top5", "loss")}
+        if found.tokens is not None:
+            self.tokens = found.tokens
+            metrics |= {"macs": self.count().live_macs, **found.tokens.metrics()}
+        return Measured(metrics, found.tokens, found.kept)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the future of the run."""
@@ -420,7 +484,8 @@ class Trainer:
             "sparsity": self.sparsity.state_dict() if self.sparsity is not None else None,
             "ema": dict(self.ema.module.state_dict()) if self.ema is not None else None,
             "scaler": self.scaler.state_dict(),
-            "running": [self.running.loss, self.running.gradient_norm, self.running.steps],
+            "running": dataclasses.asdict(self.running),
+            "tokens": dataclasses.asdict(self.tokens) if self.tokens is not None else None,
             "random": random_states(),
         }
 
@@ -442,14 +507,79 @@ class Trainer:
         self.tried, self.step = state["tried"], state["step"]
         self.bad_in_a_row = state["bad_in_a_row"]
         self.lr_schedule.step_update(self.step)
-        loss, norm, steps = state["running"]
-        self.running = Running(loss.to(self.device), norm.to(self.device), steps)
+        running = state["running"]
+        self.running = Running(
+            sums={tag: value.to(self.device) for tag, value in running["sums"].items()},
+            kept=running["kept"].to(self.device) if running["kept"] is not None else None,
+            steps=running["steps"],
+        )
+        self.tokens = TokenUse(**state["tokens"]) if state["tokens"] is not None else None
         self._batches = self._read_batches()
         restore_random_states(state["random"])
 
-    def _loss_of(self, model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    def _terms(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Selection | None]:
+        """The terms of the loss that are on, each before its weight; and what the selector kept."""
+        losses = self.config.losses
+        terms: dict[str, Tensor] = {}
+        selection: Selection | None = None
         with self.autocast():
-            return self.loss(model(images), targets)
+            if self.config.selector is not None:
+                logits, selection = model(images, return_selection=True)
+            else:
+                logits = model(images)
+            if losses.cross_entropy_weight:
+                terms["loss_ce"] = self.loss(logits, targets)
+            if self.teacher is not None:
+                terms["loss_distillation"] = distillation_loss(logits, self.teacher(images), losses.temperature)
+        if losses.macs_target is not None and losses.bounds_macs:
+            assert selection is not None
+            terms["loss_macs"] = macs_loss(selection, self.model, losses.macs_target, self.dense_macs)
+        return terms, selection
+
+    def _weigh(self, terms: Mapping[str, Tensor]) -> Tensor:
+        losses = self.config.losses
+        weights = {
+            "loss_ce": losses.cross_entropy_weight,
+            "loss_distillation": losses.distillation_weight,
+            "loss_macs": losses.macs_weight,
+        }
+        return torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+
+    def _probe_loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """What a head or neuron is worth, it is worth for the predictions.
+
+        The MACs are left out: no swap changes how many units there are, and the probe itself runs with more.
+        """
+        terms, _ = self._terms(self.model, images, targets)
+        return self._weigh({name: value for name, value in terms.items() if name != "loss_macs"})
+
+    def _first_loss(self) -> Tensor:
+        """Of the first batch as it will be trained on."""
+        images, targets = next(iter(self.data.train.batches(0, 0)))
+        if self.mixing is not None:
+            images, targets = self.mixing(images, targets, epoch=0, batch=0)
+        return self._probe_loss(images, targets)
+
+    def _check_target(self) -> None:
+        """Refuse a budget of MACs that no number of tokens meets.
+
+        Raises:
+            ConfigError: naming the shares between which it can lie.
+        """
+        target = self.config.losses.macs_target
+        if target is None or not self.config.losses.bounds_macs:
+            return
+        model = cast(Any, self.model)
+        prefix, patches = model.num_prefix_tokens, model.patch_embed.num_patches
+        most = torch.full((1, len(model.blocks)), prefix + patches, dtype=torch.float64)
+        least = most.clone()
+        least[:, self.stages[0] :] = prefix + 1
+        low, high = (float(model_macs(self.model, tokens)) / self.dense_macs for tokens in (least, most))
+        if not low <= target <= high + 1e-6:
+            raise ConfigError(
+                f"losses.macs_target: {target} of the dense MACs cannot be reached; with selector.stages "
+                f"{list(self.stages)} and the heads and neurons that are live it is between {low:.3f} and {high:.3f}"
+            )
 
     def _clip_gradient(self) -> Tensor:
         """The norm of the gradient, which is clipped where that is asked for."""
@@ -467,7 +597,7 @@ class Trainer:
         if self.sparsity.needs_closure:
             # The batch as it was trained on, mixed already: the probe draws nothing anew.
             def closure() -> Tensor:
-                return self._loss_of(self.model, images, targets)
+                return self._probe_loss(images, targets)
 
         if not self.sparsity.update_due:
             return self.sparsity.step(closure), ()
@@ -488,9 +618,6 @@ class Trainer:
                 epoch, start = epoch + 1, 0
         except ValueError as error:  # of a worker process it brings the whole trace, the message last
             raise TrainingError(f"data: {str(error).strip().splitlines()[-1]}") from error
-
-    def _no_running(self) -> Running:
-        return Running(torch.zeros((), device=self.device), torch.zeros((), device=self.device))
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -229,15 +229,17 @@ def _open(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 def _read_header(path: str | os.PathLike[str], file: BinaryIO) -> _Header:
     size = os.fstat(file.fileno()).st_size
     start = file.read(8)
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+    length = int.from_bytes(start, "little")
+    fits = len(start) == 8 and length <= min(size - 8, MAX_HEADER_BYTES)
+    # Only where these bytes are no header length: that may begin with 0x80 as well.
+    if not fits and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80"):
         raise fault(
             path,
             "looks like a pickle (torch.save), which can run code and is never opened",
             expected="a safetensors file that sparse-trainer wrote",
             found=quote(start),
         )
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+    if not fits:
         raise fault(
             path,
             "is truncated or no safetensors file",

@@ -72,6 +72,17 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
             read_tensors(path, **MASKS)
 
 
+def test_every_header_length_can_be_read(tmp_path: Path) -> None:
+    """Also one that begins with the byte that a pickle begins with."""
+    path = tmp_path / "file.safetensors"
+    starts = set()
+    for padding in range(260):
+        write_tensors(path, {"w": torch.ones(1)}, {"a": "b" * padding}, **MASKS)
+        assert torch.equal(read_tensors(path, **MASKS)[0]["w"], torch.ones(1))
+        starts.add(path.read_bytes()[0])
+    assert 0x80 in starts
+
+
 def test_every_truncation_and_an_extra_byte_are_found(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
     write_tensors(path, {"w": torch.arange(5.0)}, {"a": "b"}, **MASKS)

@@ -1,7 +1,7 @@
 """Train networks that are sparse from the first step, under one exact parameter budget."""
 
 from sparse_trainer.budget import Budget
-from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_sparse, read_info, save_sparse
+from sparse_trainer.checkpoint import CheckpointError, SparseInfo, expand, load_sparse, read_info, save_sparse
 from sparse_trainer.report import BlockUpdate, LayerUpdate, MaskUpdate
 from sparse_trainer.scheduler import SparsityScheduler
 from sparse_trainer.sparsity_config import SparsityConfig
@@ -15,6 +15,7 @@ __all__ = [
     "SparseInfo",
     "SparsityConfig",
     "SparsityScheduler",
+    "expand",
     "load_sparse",
     "read_info",
     "save_sparse",

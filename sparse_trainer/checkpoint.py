@@ -14,6 +14,7 @@ before it is believed: :mod:`sparse_trainer.tensor_file` does its bytes, :func:`
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import os
@@ -180,6 +181,35 @@ def load_sparse(
         message = str(error).strip() or type(error).__name__
         raise CheckpointError(f"{path}: the model cannot be rebuilt: {message[:1000]}") from error
     return model.to(device).eval()
+
+
+def expand(
+    path: str | os.PathLike[str],
+    *,
+    create_model: ModelFactory | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = torch.float32,
+) -> nn.Module:
+    """The model in a sparse checkpoint in timm's dense layout: dormant heads and neurons are there, as zeros.
+
+    A unit that writes nothing changes nothing, so its logits are those of :func:`load_sparse` up to the order of
+    summation. Arguments and errors are the same.
+    """
+    model = load_sparse(path, create_model=create_model, dtype=dtype)
+    info = read_info(path)
+    if not (info.live_heads or info.live_neurons):
+        return model.to(device)
+    dense = _build_on_meta(dataclasses.replace(info, live_heads={}, live_neurons={}), create_model)
+    blocks = units.find_blocks(dense)
+    state = units.expand_state_dict(
+        model,
+        info.live_heads,
+        info.live_neurons,
+        {name: block.heads.count() for name, block in blocks.items()},
+        {name: block.neurons.count() for name, block in blocks.items()},
+    )
+    _fill(dense, state, unsaved_limit=os.path.getsize(path) + _UNSAVED_BYTES)
+    return dense.to(device).eval()
 
 
 def read_info(path: str | os.PathLike[str]) -> SparseInfo:

@@ -132,7 +132,7 @@ def test_auto_precision_is_bfloat16_only_with_instructions_for_it(monkeypatch: p
         (["--data.lr", "3"], "data.lr: unknown key; did you mean optimizer.lr?"),
         (
             ["--xyz", "1"],
-            "xyz: unknown key; there are recipe, model, data, sparsity, selector, optimizer, schedule, training, "
+            "xyz: unknown key; there are recipe, model, data, sparsity, selector, losses, optimizer, schedule, training, "
             "output, config",
         ),
         (["--training.epochs", "many"], "training.epochs: 'many' is not a whole number"),

@@ -1,0 +1,77 @@
+"""Two processes with half of each batch hold the same masks, and the same as one process with all of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_trainer import SparsityConfig, SparsityScheduler
+from tests.conftest import TINY
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "weights": {"density": 0.5},
+    "joint": {"density": 0.35, "head_density": 0.67, "neuron_density": 0.5, "swap": "always"},
+}
+
+
+def train(kind: str, rank: int, world: int) -> dict[str, Any]:
+    """Six steps with three updates; in float64, so that the order of summation decides nothing."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", **TINY).double()
+    config = SparsityConfig(update_every=2, drop_fraction=0.6, **CONFIGS[kind])
+    scheduler = SparsityScheduler(model, config, total_steps=12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler.attach(optimizer)
+    parallel: nn.Module = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    generator = torch.Generator().manual_seed(1)
+    updates = 0
+    for _ in range(6):
+        images = torch.randn(8, 1, 16, 16, generator=generator, dtype=torch.float64)
+        targets = torch.randint(5, (8,), generator=generator)
+        part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+
+        def loss(network: nn.Module, images: Tensor = images[part], targets: Tensor = targets[part]) -> Tensor:
+            return F.cross_entropy(network(images), targets)
+
+        loss(parallel).backward()
+        optimizer.step()
+        updates += scheduler.step(lambda loss=loss: loss(model)) is not None  # type: ignore[misc]
+        optimizer.zero_grad()
+    assert updates == 3
+    return {
+        "masks": dict(scheduler.masks),
+        "weights": {name: p.detach().clone() for name, p in model.named_parameters()},
+        "heads": scheduler.live_heads,
+        "neurons": scheduler.live_neurons,
+    }
+
+
+def work(rank: int, kind: str, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(train(kind, rank, 2), os.path.join(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*is rounded to", "ignore:.*growth changes nothing")
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_two_processes_equal_one(tmp_path: Path, kind: str) -> None:
+    torch.multiprocessing.spawn(work, args=(kind, str(tmp_path)), nprocs=2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    alone = train(kind, 0, 1)
+    for name, mask in alone["masks"].items():
+        assert torch.equal(ranks[0]["masks"][name], ranks[1]["masks"][name])
+        assert torch.equal(ranks[0]["masks"][name], mask), name
+    assert ranks[0]["heads"] == ranks[1]["heads"] == alone["heads"]
+    assert ranks[0]["neurons"] == ranks[1]["neurons"] == alone["neurons"]
+    for name, weight in alone["weights"].items():
+        assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
+        torch.testing.assert_close(ranks[0]["weights"][name], weight, atol=1e-6, rtol=0)

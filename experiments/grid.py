@@ -10,8 +10,9 @@ A grid file names a recipe, what all entries change in it, and the entries::
       dense: {sparsity: null}
       half: {sparsity: {density: 0.5}}
 
-Runs go to ``runs/<grid>/<entry>-seed<k>``. One that was interrupted goes on, one that is done is not repeated. The
-report compares each entry with the baseline seed by seed: the same seed means the same first weights and images.
+Where a text holds ``{seed}``, the run's seed stands in its place, so that one grid can start from the networks of
+another. Runs go to ``runs/<grid>/<entry>-seed<k>``. One that was interrupted goes on, one that is done is not repeated.
+The report compares each entry with the baseline seed by seed: the same seed means the same first weights and images.
 """
 
 from __future__ import annotations
@@ -104,16 +105,12 @@ def run_one(grid: Grid, entry: str, seed: int, runs: Path, threads: int, extra: 
     if read_outcome(folder) is not None:
         return None
     runs.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, content in (("common", grid.common), (entry, grid.entries[entry])):
-        files.append(runs / f"{name}.yaml")
-        if content:
-            files[-1].write_text(yaml.safe_dump(dict(content)), encoding="utf-8")
-        else:
-            files.pop()
     command = [sys.executable, "-m", "experiments", "train", "--config", grid.recipe]
-    for file in files:
-        command += ["--config", str(file)]
+    for name, content in (("common", grid.common), ("entry", grid.entries[entry])):
+        if content:
+            file = runs / f"{folder.name}.{name}.yaml"
+            file.write_text(yaml.safe_dump(dict(content)).replace("{seed}", str(seed)), encoding="utf-8")
+            command += ["--config", str(file)]
     command += ["--training.seed", str(seed), "--output.runs", str(runs), "--output.name", folder.name, *extra]
     if (folder / "checkpoints").is_dir():
         command += ["--resume", "auto"]

@@ -22,11 +22,10 @@ from experiments.config import ConfigError, explain
 from experiments.console import create_console, print_table
 from experiments.data_config import DataConfig
 from experiments.evaluate import data_of, open_eval_data
-from experiments.metrics import precision_context
+from experiments.metrics import known_tokens, precision_context
 from experiments.overlay import draw, examples
 from experiments.pretrained import find_checkpoint
 from models import Selection, create_model
-from models.token_selector import TopKSelector, kept_count
 from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_sparse, load_sparse_masks, read_info
 from sparse_trainer.flops import Count, LayerCount, count
 from sparse_trainer.units import BlockUnits, find_blocks
@@ -90,24 +89,17 @@ def tokens_entering(model: nn.Module, info: SparseInfo) -> list[float] | None:
     Returns:
         None without a selector, and where nothing was measured.
     """
+    known = known_tokens(model)
+    if known is not None:
+        return list(known.mean)
     selector = cast(Any, getattr(model, "selector", None))
-    if selector is None:
+    if selector is None or any(f"tokens_kept/{stage}" not in info.metrics for stage in selector.stages):
         return None
-    prefix, patches = cast(Any, model).num_prefix_tokens, cast(Any, model).patch_embed.num_patches
-    kept: dict[int, float] = {}
-    left: float = patches
-    for stage in selector.stages:
-        if isinstance(selector, TopKSelector):
-            left = left if selector.config.zeroing else kept_count(selector.config.keep_ratio, int(left))
-        elif f"tokens_kept/{stage}" in info.metrics:
-            left = info.metrics[f"tokens_kept/{stage}"]
-        else:
-            return None
-        kept[stage] = left
-    entering, now = [], float(patches)
+    prefix, left = cast(Any, model).num_prefix_tokens, float(cast(Any, model).patch_embed.num_patches)
+    entering = []
     for block in range(len(cast(Any, model).blocks)):
-        now = kept.get(block, now)
-        entering.append(prefix + now)
+        left = info.metrics[f"tokens_kept/{block}"] if block in selector.stages else left
+        entering.append(prefix + left)
     return entering
 
 
@@ -237,7 +229,7 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
         ("file", f"{report['bytes'] / 1e6:,.3f} MB"),
     ]
     if report["class_names"] is not None:
-        rows.insert(5, ("classes", f"{len(report['class_names'])}: {', '.join(report['class_names'][:5])}, ..."))
+        rows.insert(5, ("classes", f"{len(report['class_names'])}: {_some(report['class_names'])}"))
     print_table(console, "all of it", rows)
 
 
@@ -247,6 +239,10 @@ def _shapes(shapes: Mapping[str, Sequence[int]]) -> str:
     if readers:
         return ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in readers.items())
     return ", ".join("x".join(map(str, shape)) for shape in shapes.values())
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -354,9 +350,12 @@ def _inspect(arguments: Sequence[str]) -> int:
         print(json.dumps({"output": options.output, "stages": selection.stages, "patches": patches, "images": images}))
         return 0
     stages = ", ".join(f"block {stage}" for stage in selection.stages)
-    print_table(
-        console,
-        f"{options.output}: the image, then what is left of {patches} patches before {stages}",
-        [(name, ", ".join(map(str, kept))) for name, kept in zip(names, counts, strict=True)],
+    rows = [(name, ", ".join(map(str, kept))) for name, kept in zip(names, counts, strict=True)]
+    print_table(console, "patches kept", rows)
+    console.print(
+        f"{options.output}: a row per image; the image itself, then what is left of its {patches} patches before "
+        f"{stages}",
+        soft_wrap=True,
+        markup=False,
     )
     return 0

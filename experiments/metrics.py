@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from experiments.data_batches import EvalBatches
 from models import tokens_per_block
+from models.token_selector import TopKSelector, kept_count
 from sparse_trainer.flops import Count, count
 from sparse_trainer.units import find_blocks
 
@@ -53,6 +54,25 @@ class TokenUse:
     def metrics(self) -> dict[str, float]:
         """The means by name: ``tokens_kept/<block>``."""
         return {f"tokens_kept/{stage}": kept for stage, kept in zip(self.stages, self.kept, strict=True)}
+
+
+def known_tokens(model: nn.Module) -> TokenUse | None:
+    """What a top-k selector keeps of every image, whatever it shows; None for other models."""
+    selector = getattr(model, "selector", None)
+    if not isinstance(selector, TopKSelector):
+        return None
+    vit = cast(Any, model)
+    prefix, patches = int(vit.num_prefix_tokens), int(vit.patch_embed.num_patches)
+    kept: list[int] = []
+    entering: list[float] = []
+    tokens = patches
+    for block in range(len(vit.blocks)):
+        if block in selector.stages:
+            kept.append(kept_count(selector.config.keep_ratio, tokens))
+            tokens = patches if selector.config.zeroing else kept[-1]
+        entering.append(float(prefix + tokens))
+    squares = tuple(count**2 for count in entering)
+    return TokenUse(selector.stages, patches, tuple(map(float, kept)), tuple(entering), squares)
 
 
 def describe_tokens(tokens: TokenUse) -> str:

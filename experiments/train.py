@@ -127,6 +127,8 @@ def _introduce(trainer: Trainer, folder: RunFolder, console: Console) -> None:
         f"{data.num_classes} classes, {data.image_size} x {data.image_size} x {data.in_chans}; {data.path}",
         f"training  {trainer.plan.total_steps:,} steps ({trainer.plan.total_steps / trainer.plan.steps_per_epoch:g} "
         f"epochs) of {config.step_images} images, {config.training.amp} on {trainer.device}",
+        *([f"start     {config.model.start}"] if config.model.start is not None else []),
+        *([f"teacher   {config.losses.teacher}"] if trainer.teacher is not None else []),
         f"folder    {folder.path}",
     ):
         console.print(line, soft_wrap=True, markup=False)

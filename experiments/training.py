@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from experiments.config import ConfigError, OptimizerConfig, RunConfig, ScheduleConfig, flatten, naming
 from experiments.data import Data, create_mixup
 from experiments.losses import create_loss, distillation_loss, macs_loss
-from experiments.metrics import Measured, TokenUse, count_used, measure, precision_context
+from experiments.metrics import Measured, TokenUse, count_used, known_tokens, measure, precision_context
 from experiments.pretrained import create_teacher, load_start
 from models import Selection, create_model, resolve
 from sparse_trainer.budget import Budget
@@ -310,12 +310,13 @@ class Trainer:
             self.teacher = create_teacher(config.losses.teacher, data, self.device)
         self.notes: tuple[str, ...] = ()
         self.sparsity: SparsityScheduler | None = None
-        self.tokens: TokenUse | None = None  # of the evaluation before; None: all tokens, or none measured yet
+        self.tokens: TokenUse | None = None  # of the last evaluation; None: all tokens, or none measured yet
         dense = {name: value for name, value in self.model.state_dict().items() if not name.startswith("selector.")}
         self.dense_bytes = sum(tensor.nbytes for tensor in dense.values())
         layers = self.count().layers
         #: MACs of one image in the network with all its heads, neurons and tokens, and without a selector.
         self.dense_macs = sum(layer.macs for name, layer in layers.items() if not name.startswith("selector."))
+        self.tokens = known_tokens(self.model)
         if config.sparsity is not None:
             closure = self._first_loss if config.sparsity.structured and config.sparsity.start == "score" else None
             with naming("sparsity"), warnings.catch_warnings(record=True) as caught:

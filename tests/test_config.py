@@ -132,8 +132,8 @@ def test_auto_precision_is_bfloat16_only_with_instructions_for_it(monkeypatch: p
         (["--data.lr", "3"], "data.lr: unknown key; did you mean optimizer.lr?"),
         (
             ["--xyz", "1"],
-            "xyz: unknown key; there are recipe, model, data, sparsity, selector, losses, optimizer, schedule, training, "
-            "output, config",
+            "xyz: unknown key; there are recipe, model, data, sparsity, selector, losses, optimizer, schedule, "
+            "training, output, config",
         ),
         (["--training.epochs", "many"], "training.epochs: 'many' is not a whole number"),
         (["--training.steps", "2.5"], "training.steps: '2.5' is not a whole number or null"),

@@ -63,7 +63,7 @@ class SparsityScheduler:
         closure: LossClosure | None = None,
     ) -> None:
         model = getattr(model, "_orig_mod", model)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
         self.model = model
         self.config = config
@@ -86,7 +86,8 @@ class SparsityScheduler:
             self._weights = WeightMasks(prunable, self._live_target(prunable), config)
         self._prunable = prunable
         self._optimizer: torch.optim.Optimizer | None = None
-        self._ema: dict[str, Tensor] = {}
+        self._ema: nn.Module | None = None
+        self._enforce = False  # whether loaded states may have brought dead weights back
         self._handles: list[Any] = []
         self._step = 0
         self._stepped = 0
@@ -122,13 +123,17 @@ class SparsityScheduler:
         available = sum(parameter.numel() for parameter in prunable.values())
         if self.config.live_parameters is not None:
             live, key = self.config.live_parameters, f"live_parameters: {self.config.live_parameters:,}"
+            least = f"at least {len(prunable)} are needed"
         else:
             live, key = round((self.config.density or 0) * self._total), f"density: {self.config.density}"
+            least = f"the least that can work is {len(prunable) / self._total:.2g}"
         if live < len(prunable):
             raise ValueError(
                 f"{key} of {self._total:,} prunable weights leaves {live:,} live, fewer than one in each of the "
-                f"{len(prunable)} layers; the least that can work is {len(prunable) / self._total:.2g}"
+                f"{len(prunable)} layers; {least}"
             )
+        if live > available == self._total:
+            raise ValueError(f"{key} is more than the {self._total:,} prunable weights that the model has")
         if live > available:
             raise ValueError(
                 f"{key} asks for {live:,} live weights, but head_density {self.config.head_density} and "
@@ -206,38 +211,49 @@ class SparsityScheduler:
                 f"the optimizer lacks {len(missing)} prunable parameters, {missing[0]} among them; build it from "
                 "the model's parameters after the scheduler, or exclude frozen layers"
             )
-        self._ema = self._ema_tensors(ema) if ema is not None else {}
+        frozen = [name for name, parameter in self._prunable.items() if not parameter.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"{len(frozen)} prunable weights are frozen, {frozen[0]} among them; exclude them, such as "
+                f"exclude=({frozen[0].removesuffix('.weight')!r},), or let them train"
+            )
+        self._ema = self._same_names(ema) if ema is not None else None
         if self._weights:
             self._weights.follow_device()
             self._weights.install()
-            for name, tensor in self._ema.items():
-                if name in self.masks:
-                    tensor.mul_(self.masks[name])
         if self._units:
-            device = next(self.model.parameters()).device
+            parameters = dict(self.model.named_parameters())
             for group in self._units.groups:
-                group.follow_device(device)
+                group.follow(parameters)
         self._optimizer = optimizer
+        self._stepped = self._passes = 0
+        self._enforce = True
         first = next(iter(self._prunable.values()))
         self._handles = [
             first.register_post_accumulate_grad_hook(self._count_pass),
             optimizer.register_step_pre_hook(self._before_optimizer_step),
             optimizer.register_step_post_hook(self._after_optimizer_step),
+            optimizer.register_load_state_dict_post_hook(self._something_was_loaded),
+            self.model.register_load_state_dict_post_hook(self._something_was_loaded),
         ]
         self._arm()
 
-    def _ema_tensors(self, ema: nn.Module) -> dict[str, Tensor]:
+    def _same_names(self, ema: nn.Module) -> nn.Module:
+        """The module, of ``ema`` and what it wraps, whose parameters are called as the model's."""
         names = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        inner = getattr(ema, "module", None)
-        for module in (ema, inner):
-            if isinstance(module, nn.Module):
-                tensors = {name: parameter.data for name, parameter in module.named_parameters()}
-                if {name: value.shape for name, value in tensors.items()} == names:
-                    return tensors
+        for module in (ema, getattr(ema, "module", None)):
+            if isinstance(module, nn.Module) and names == {n: p.shape for n, p in module.named_parameters()}:
+                return module
         raise ValueError(
             "the EMA's parameters are other than the model's in name or shape; make it from the model after the "
             "scheduler"
         )
+
+    def _averages(self) -> dict[str, Tensor]:
+        """The EMA's tensors by name; looked up at each use, since the EMA may be moved. A shared one has two names."""
+        if self._ema is None:
+            return {}
+        return {name: parameter.data for name, parameter in self._ema.named_parameters(remove_duplicate=False)}
 
     def detach(self) -> None:
         """Take all hooks away; masks and weights stay as they are."""
@@ -246,9 +262,9 @@ class SparsityScheduler:
         self._handles = []
         if self._weights:
             self._weights.remove()
-            self._weights.growth.collecting = False
+            self._weights.growth.collect(False)
         self._optimizer = None
-        self._ema = {}
+        self._ema = None
 
     def step(self, closure: LossClosure | None = None) -> MaskUpdate | None:
         """Call after each ``optimizer.step()``. Runs an update if one is due.
@@ -274,9 +290,6 @@ class SparsityScheduler:
                 f"the optimizer stepped {stepped} times since the last scheduler.step(); call it each time"
             )
         if stepped == 0:
-            if self._weights:
-                self._weights.growth.drop_step()
-            self._passes = 0
             return None
         self._step += 1
         update = None
@@ -300,19 +313,21 @@ class SparsityScheduler:
         swaps: dict[int, Swap] = {}
         notes: list[str] = []
         fresh: dict[str, Tensor] = {}
+        averages = self._averages()
         if self._units and closure is not None:
             swaps, notes = self._units.update(
                 closure,
                 drop_fraction,
                 if_better=self.config.swap == "if_better",
                 optimizer=self._optimizer,
-                ema=self._ema,
+                ema=averages,
                 masks=self.masks,
                 seed_second_moments=self.config.seed_second_moments,
             )
             fresh = self._units.fresh(swaps, self.masks)
-        layers = self._weights.update(drop_fraction, self._optimizer, self._ema, fresh) if self._weights else {}
-        if self._weights and not layers:
+        ranked = self._weights is None or self.config.grow == "random" or self._weights.growth.holds_gradient
+        layers = self._weights.update(drop_fraction, self._optimizer, averages, fresh) if self._weights else {}
+        if not ranked:
             notes.append("no finite growth gradient was collected: the weight masks did not change")
         for note in notes:
             warnings.warn(note, stacklevel=3)
@@ -369,7 +384,7 @@ class SparsityScheduler:
         collecting = due is not None and self._step + ahead >= due
         if collecting and due is not None:
             collecting = self._exact_step() + ahead >= due
-        self._weights.growth.collecting = collecting
+        self._weights.growth.collect(collecting)
 
     def _exact_step(self) -> int:
         """The step number less the steps that a fused optimizer skipped on the device; this reads the device."""
@@ -383,11 +398,24 @@ class SparsityScheduler:
 
     @torch.no_grad()
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._weights and self._weights.growth.collecting:
-            self._weights.growth.finish_step(self._weights.parameters, self.masks)
+        if not self._enforce:
+            return
+        # Once, when all states are loaded in whatever order: before, the masks might be the wrong ones.
+        self._enforce = False
+        if self._weights:
+            self._weights.enforce(optimizer)
+            for name, tensor in self._averages().items():
+                if name in self.masks:
+                    tensor.mul_(self.masks[name].to(tensor.device))
 
+    def _something_was_loaded(self, *_: Any) -> None:
+        self._enforce = True
+
+    @torch.no_grad()
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped += 1
+        if self._weights and self._weights.growth.collecting:
+            self._weights.growth.finish_step(self._weights.parameters, self.masks)
         self._passes_per_step, self._passes = max(self._passes, 1), 0
         # GradScaler lets a fused optimizer skip the step by itself and leaves its verdict here, on the device.
         found_inf = getattr(optimizer, "found_inf", None)
@@ -444,7 +472,11 @@ def prunable_weights(
     parameters: dict[str, Any] = {}
     seen: set[int] = set()
     for module_name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and id(module.weight) not in seen:
+        # Not a weight that is computed from others, as weight_norm's
+        plain = isinstance(module, (nn.Linear, nn.Conv2d)) and isinstance(
+            module._parameters.get("weight"), nn.Parameter
+        )
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and plain and id(module.weight) not in seen:
             name = f"{module_name}.weight" if module_name else "weight"
             seen.add(id(module.weight))
             if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in never):

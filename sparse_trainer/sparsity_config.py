@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from sparse_trainer.budget import DISTRIBUTIONS
 
@@ -46,8 +47,8 @@ class SparsityConfig:
     """Micro-batches (backward passes) over which the growth gradient is averaged, in whole optimizer steps."""
     regrow: bool = True
     """Whether a weight that an update prunes may grow again in the same update."""
-    floor: float = 0.05
-    """With the global distribution: density below which no layer may fall."""
+    floor: float = 0.1
+    """With the global distribution: share of its first live weights that a layer always keeps."""
     swap: str = "if_better"
     """Units: always replace the share that is due, or only if_better, where the estimated gain is greater."""
     start: str = "random"
@@ -86,14 +87,20 @@ class SparsityConfig:
             if not accept:
                 problems.append(f"{name}: {getattr(self, name)!r} is not {works}")
 
-        def share(value: object) -> bool:
-            return isinstance(value, (int, float)) and math.isfinite(value) and 0 < value <= 1
+        def number(value: object) -> bool:
+            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+        def share(value: Any, *, zero: bool = False) -> bool:
+            return number(value) and (0 <= value <= 1 if zero else 0 < value <= 1)
+
+        def whole(value: Any, least: int) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
         check("density", "a share in (0, 1] or null", self.density is None or share(self.density))
         check(
             "live_parameters",
             "a positive whole number or null",
-            self.live_parameters is None or (isinstance(self.live_parameters, int) and self.live_parameters > 0),
+            self.live_parameters is None or whole(self.live_parameters, 1),
         )
         check("head_density", "a share in (0, 1]", share(self.head_density))
         check("neuron_density", "a share in (0, 1]", share(self.neuron_density))
@@ -101,21 +108,22 @@ class SparsityConfig:
         check("grow", f"one of {', '.join(GROWTH)}", self.grow in GROWTH)
         check("swap", f"one of {', '.join(SWAPS)}", self.swap in SWAPS)
         check("start", f"one of {', '.join(STARTS)}", self.start in STARTS)
-        check(
-            "update_every",
-            "a positive number of steps or null",
-            self.update_every is None or self.update_every >= 1,
-        )
-        check("updates", "a number of updates (0 or more) or null", self.updates is None or self.updates >= 0)
+        steps_work = self.update_every is None or whole(self.update_every, 1)
+        check("update_every", "a positive whole number of steps or null", steps_work)
+        check("updates", "a whole number (0 or more) or null", self.updates is None or whole(self.updates, 0))
         if self.updates is not None and self.update_every is not None:
             problems.append("updates and update_every: give one of them, not both")
-        check("drop_fraction", "a share in [0, 1]", 0 <= self.drop_fraction <= 1)
-        check("drop_fraction_end", "a share in [0, 1]", 0 <= self.drop_fraction_end <= 1)
-        if 0 <= self.drop_fraction <= 1 and self.drop_fraction_end > self.drop_fraction:
+        check("drop_fraction", "a share in [0, 1]", share(self.drop_fraction, zero=True))
+        check("drop_fraction_end", "a share in [0, 1]", share(self.drop_fraction_end, zero=True))
+        ordered = share(self.drop_fraction, zero=True) and share(self.drop_fraction_end, zero=True)
+        if ordered and self.drop_fraction_end > self.drop_fraction:
             problems.append(
                 f"drop_fraction_end: {self.drop_fraction_end} is above drop_fraction ({self.drop_fraction})"
             )
-        check("stop_at", "a share in [0, 1]", 0 <= self.stop_at <= 1)
-        check("growth_batches", "a positive number of micro-batches", self.growth_batches >= 1)
-        check("floor", "a share in [0, 1)", 0 <= self.floor < 1)
+        check("stop_at", "a share in [0, 1]", share(self.stop_at, zero=True))
+        check("growth_batches", "a positive whole number of micro-batches", whole(self.growth_batches, 1))
+        check("regrow", "true or false", isinstance(self.regrow, bool))
+        check("seed_second_moments", "true or false", isinstance(self.seed_second_moments, bool))
+        check("seed", "a whole number (0 or more)", whole(self.seed, 0))
+        check("floor", "a share in [0, 1]", share(self.floor, zero=True))
         return problems

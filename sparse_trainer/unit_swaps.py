@@ -50,20 +50,32 @@ class LiveUnits:
         self.explored = set(live)
         self.last = Swap((), (), ())
 
-    def follow_device(self, device: torch.device) -> None:
-        """Move the candidates to where the model is."""
-        self.candidates = {name: value.to(device) for name, value in self.candidates.items()}
+    def follow(self, parameters: Mapping[str, Tensor]) -> None:
+        """Bring the candidates to the device and type of the model."""
+        self.candidates = {name: value.to(parameters[name]) for name, value in self.candidates.items()}
 
-    def due(self, drop_fraction: float) -> int:
-        """How many units this update replaces; the fraction is carried over to the next.
+    def masked_candidates(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The candidates as they would be if they came: under the mask of a slot, one slot after the other.
+
+        A dense candidate beside sparse live units would look better than it can be.
+        """
+        masked = dict(self.candidates)
+        for part in self.group.slices:
+            if part.name in masks:
+                mask = part.units(masks[part.name])
+                slots = torch.arange(len(self.dormant), device=mask.device) % mask.shape[0]
+                masked[part.name] = masked[part.name].clone()
+                part.units(masked[part.name]).mul_(mask[slots])
+        return masked
+
+    def due(self, drop_fraction: float) -> tuple[int, float]:
+        """How many units this update replaces, and the fraction that is carried over to the next.
 
         Units are few, so rounding up at every update would replace a third of three heads each time. Never the
         last unit, and never more than there are candidates.
         """
-        self.credit += drop_fraction * len(self.live)
-        count = min(int(self.credit), len(self.dormant), len(self.live) - 1)
-        self.credit -= int(self.credit)
-        return max(count, 0)
+        credit = self.credit + drop_fraction * len(self.live)
+        return max(0, min(int(credit), len(self.dormant), len(self.live) - 1)), credit - int(credit)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -180,12 +192,15 @@ class UnitSwaps:
         Returns:
             the swaps by index into :attr:`groups`, and warnings.
         """
-        due = [units.due(drop_fraction) for units in self.groups]
-        if not any(due):
-            return {}, []
+        due, credits = zip(*(units.due(drop_fraction) for units in self.groups), strict=True)
         probed = [index for index, count in enumerate(due) if count]
-        with _probing(self.model, [(self.groups[i].group, self.groups[i].candidates) for i in probed]) as gates:
-            scores = _gate_scores(closure, gates)
+        scores = []
+        if probed:
+            candidates = [(self.groups[i].group, self.groups[i].masked_candidates(masks)) for i in probed]
+            with _probing(self.model, candidates) as gates:
+                scores = _gate_scores(closure, gates)
+        for units, credit in zip(self.groups, credits, strict=True):  # only now: the closure may have failed
+            units.credit = credit
         if not all(bool(score.isfinite().all()) for score in scores):
             return {}, ["a probe batch gave scores that are not finite: no unit was swapped"]
         parameters = dict(self.model.named_parameters())
@@ -355,6 +370,9 @@ def _probing(model: nn.Module, groups: Sequence[tuple[UnitGroup, Mapping[str, Te
     with contextlib.ExitStack() as stack:
         stack.enter_context(_leaving_no_trace(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        # Autocast keeps weights that it has cast; those are of other shapes now, and again afterwards.
+        torch.clear_autocast_cache()
+        stack.callback(torch.clear_autocast_cache)
         gates = []
         for group, candidates in groups:
             live = group.count()
@@ -428,12 +446,14 @@ def _gate_scores(closure: LossClosure, gates: Sequence[_Gate]) -> list[Tensor]:
         raise ValueError("scheduler.step(closure): the closure must return the loss, a tensor with a graph")
     if not all(gate.values for gate in gates):
         raise ValueError("scheduler.step(closure): the closure did not run the model that is being trained")
-    values = [value for gate in gates for value in gate.values]
-    gradients = iter(torch.autograd.grad(loss, values, allow_unused=True, materialize_grads=True))
+    # Taken before the backward pass: gradient checkpointing runs the forward, and with it the gates, again in it.
+    values = [list(gate.values) for gate in gates]
+    every = [value for several in values for value in several]
+    gradients = iter(torch.autograd.grad(loss, every, allow_unused=True, materialize_grads=True))
     scores = []
-    for gate in gates:
+    for several in values:
         # The loss is a mean over the samples, so the sum of their gradients' sizes is the mean of each one's own.
-        score = torch.stack([next(gradients).abs().sum(dim=0) for _ in gate.values]).sum(dim=0)
+        score = torch.stack([next(gradients).abs().sum(dim=0) for _ in several]).sum(dim=0)
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(score)
             score /= dist.get_world_size()

@@ -41,7 +41,7 @@ class UpdateSchedule:
             raise ValueError(f"total_steps: {self.total_steps} is not a positive number of optimizer steps")
         if self.updates is not None and self.update_every is not None:
             raise ValueError("give updates or update_every, not both")
-        last = math.ceil(self.stop_at * self.total_steps) - 1
+        last = max(0, math.ceil(self.stop_at * self.total_steps) - 1)
         if self.updates is not None:
             if self.updates > last:
                 raise ValueError(

@@ -26,7 +26,7 @@ from sparse_trainer.masks import (
     replaceable,
     unpack_bits,
 )
-from sparse_trainer.optimizer_state import carry_over
+from sparse_trainer.optimizer_state import carry_over, moments
 from sparse_trainer.report import LayerUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 
@@ -45,17 +45,23 @@ class GrowthGradient:
         self._mean: dict[str, Tensor] = {}  # summed over the optimizer steps collected so far
         self._steps = 0
 
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Add the gradient of one backward pass."""
-        if name in self._step:
-            self._step[name].add_(gradient)
+    def add(self, name: str, gradient: Tensor, accumulated: Tensor | None) -> None:
+        """Add the gradient of one backward pass.
+
+        Args:
+            accumulated: the parameter's ``.grad`` before this pass. Where it is empty an optimizer step begins
+                anew: whatever was collected belongs to one that was skipped.
+        """
+        if name in self._step and accumulated is not None and bool(accumulated.any()):
+            self._step[name].add_(gradient.detach())
         else:
             self._step[name] = gradient.detach().clone()
 
     def finish_step(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
-        """Take over what this optimizer step collected; called just before the optimizer steps.
+        """Take over what this optimizer step collected; called when the optimizer has stepped.
 
-        A step whose gradients are not finite is left out.
+        Only then are the gradients what it saw: a fused optimizer undoes the loss scale by itself, and one that is
+        given a closure runs the backward pass within its step. A step whose gradients are not finite is left out.
         """
         step, self._step = self._step, {}
         if not step:
@@ -71,10 +77,11 @@ class GrowthGradient:
         seen = torch.zeros((), dtype=torch.float64, device=first.device)
         collected = seen.clone()
         for name, gradient in step.items():
-            live = gradient * masks[name]
             optimizer_gradient = parameters[name].grad
-            if optimizer_gradient is not None:
-                seen += torch.sum(optimizer_gradient.float() * live, dtype=torch.float64)
+            if optimizer_gradient is None:
+                continue
+            live = gradient * masks[name]
+            seen += torch.sum(optimizer_gradient.float() * live, dtype=torch.float64)
             collected += torch.sum(live * live, dtype=torch.float64)
         factor = float(seen / collected) if float(collected) > 0 else 1.0
         # Not finite in any element makes the live sums or this product so; then nothing may be ranked by it.
@@ -90,9 +97,16 @@ class GrowthGradient:
                 self._mean[name] = gradient
         self._steps += 1
 
-    def drop_step(self) -> None:
-        """Forget what was collected since the last optimizer step, which was skipped."""
-        self._step.clear()
+    def collect(self, now: bool) -> None:
+        """Start or stop collecting; what was collected for nothing is freed."""
+        if not now:
+            self._step, self._mean, self._steps = {}, {}, 0
+        self.collecting = now
+
+    @property
+    def holds_gradient(self) -> bool:
+        """Whether a finite gradient was collected."""
+        return bool(self._mean)
 
     def take(self) -> dict[str, Tensor]:
         """The mean gradient by name, empty if nothing finite was collected; the accumulators are freed."""
@@ -103,7 +117,7 @@ class GrowthGradient:
         return mean
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": dict(self._mean), "steps": self._steps}
+        return {"mean": {name: value.clone() for name, value in self._mean.items()}, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
         self._mean = {name: value.to(parameters[name].device).clone() for name, value in state["mean"].items()}
@@ -151,6 +165,16 @@ class WeightMasks:
             if self.masks[name].device != parameter.device:
                 self.masks[name] = self.masks[name].to(parameter.device)
 
+    @torch.no_grad()
+    def enforce(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set whatever is not live to 0 in weights, gradients and moments, as after a state was loaded."""
+        self.apply()
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                parameter.grad.mul_(self.masks[name])
+            for _, value in moments(optimizer, parameter):
+                value.mul_(self.masks[name])
+
     def live_count(self) -> int:
         """Live elements, counted on the masks."""
         return sum(int(mask.count_nonzero()) for mask in self.masks.values())
@@ -169,7 +193,7 @@ class WeightMasks:
     def _collector(self, name: str) -> Any:
         def collect(gradient: Tensor) -> None:
             if self.growth.collecting:
-                self.growth.add(name, gradient)
+                self.growth.add(name, gradient, self.parameters[name].grad)
 
         return collect
 
@@ -196,8 +220,6 @@ class WeightMasks:
             frozen: bool masks by name of elements that this update must leave alone (units that just came).
         """
         gradients = self.growth.take() if self.config.grow == "gradient" else {}
-        if self.config.grow == "gradient" and not gradients:
-            return {}
         eligible = {name: ~mask for name, mask in frozen.items()}
         report = {}
         for name, change in self._choose(drop_fraction, gradients, eligible):
@@ -207,7 +229,7 @@ class WeightMasks:
             if parameter.grad is not None:
                 parameter.grad.mul_(mask)
             if name in ema:
-                ema[name].mul_(mask)
+                ema[name].mul_(mask.to(ema[name].device))
             seed = gradients.get(name) if self.config.seed_second_moments else None
             carry_over(optimizer, parameter, mask, change.added, seed)
             gradients.pop(name, None)
@@ -229,8 +251,10 @@ class WeightMasks:
             return
         for name, parameter in self.parameters.items():
             mask, inside = self.masks[name], eligible.get(name)
-            count = replaceable(mask, drop_fraction, inside)
             score = self._growth_score(name, gradients)
+            count = replaceable(mask, drop_fraction, inside) if score is not None else 0
+            if score is None:
+                score = torch.zeros_like(parameter)
             yield (
                 name,
                 prune_and_grow(parameter, mask, score, count, regrow=self.config.regrow, eligible=inside),
@@ -244,12 +268,25 @@ class WeightMasks:
         sizes = [self.parameters[name].numel() for name in names]
         weight = torch.cat([self.parameters[name].detach().reshape(-1) for name in names])
         live = torch.cat([self.masks[name].reshape(-1) for name in names])
-        score = torch.cat([self._growth_score(name, gradients).reshape(-1) for name in names])
-        inside = torch.cat([eligible.get(name, torch.ones_like(self.masks[name])).reshape(-1) for name in names])
+        scores = [self._growth_score(name, gradients) for name in names]
+        score = torch.cat(
+            [
+                torch.zeros(n, device=weight.device) if s is None else s.reshape(-1)
+                for s, n in zip(scores, sizes, strict=True)
+            ]
+        )
+        inside = torch.cat(
+            [
+                torch.zeros_like(self.masks[name]).reshape(-1)
+                if s is None
+                else eligible.get(name, torch.ones_like(self.masks[name])).reshape(-1)
+                for name, s in zip(names, scores, strict=True)
+            ]
+        )
         # The strongest weights of each layer, up to its floor, are not up for pruning.
         floors = [
-            min(max(1, int(self.config.floor * size)), int(self.masks[name].count_nonzero()))
-            for name, size in zip(names, sizes, strict=True)
+            min(max(1, int(self.config.floor * self.allocation[name])), int(self.masks[name].count_nonzero()))
+            for name in names
         ]
         kept = largest_per_segment(weight.abs().float(), live, sizes, floors)
         inside = inside & ~(kept & live)
@@ -273,10 +310,15 @@ class WeightMasks:
             for name, shape, after, removed, added in parts
         }
 
-    def _growth_score(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
+    def _growth_score(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor | None:
+        """What ranks the dead elements of a layer; None where nothing does, so that the layer is left alone.
+
+        Without a gradient all elements tie, and growing the first of them would ruin the layer's mask.
+        """
         parameter = self.parameters[name]
         if self.config.grow == "gradient":
-            return gradients[name].abs().float() if name in gradients else torch.zeros_like(parameter)
+            gradient = gradients.get(name)
+            return gradient.abs().float() if gradient is not None and bool(gradient.any()) else None
         return torch.rand(parameter.shape, generator=self.generator).to(parameter.device)
 
     def state_dict(self) -> dict[str, Any]:

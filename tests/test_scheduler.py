@@ -441,7 +441,7 @@ def test_live_parameters_is_the_budget_itself(tiny_deit: Factory) -> None:
     ("config", "message"),
     [
         ({"density": 1e-9}, "density: 1e-09 .* leaves 0 live, fewer than one in each of the 10 layers"),
-        ({"live_parameters": 10**9}, "live_parameters: 1,000,000,000 asks for"),
+        ({"live_parameters": 10**9}, "live_parameters: 1,000,000,000 is more than the 14,328 prunable weights"),
     ],
 )
 def test_budgets_that_do_not_fit(tiny_deit: Factory, config: dict[str, Any], message: str) -> None:

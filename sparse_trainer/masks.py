@@ -91,11 +91,11 @@ def replaceable(live: Tensor, drop_fraction: float, eligible: Tensor | None = No
     The bound keeps the count exact where there are fewer dead elements than the drop fraction asks for.
     """
     if eligible is None:
-        alive = int(live.count_nonzero())
+        alive = count_live(live)
         dead = live.numel() - alive
     else:
-        alive = int((live & eligible).count_nonzero())
-        dead = int(eligible.count_nonzero()) - alive
+        alive = count_live(live & eligible)
+        dead = count_live(eligible) - alive
     return min(round(drop_fraction * alive), dead)
 
 
@@ -109,17 +109,36 @@ def select_smallest(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, f
     Raises:
         ValueError: if fewer than ``count`` elements are within ``among``.
     """
-    selected = torch.zeros_like(among)
     if count == 0:
-        return selected, float("-inf")
-    keyed = torch.where(among, score, float("inf")).reshape(-1)
-    threshold = _kth_smallest(keyed, count)
-    if threshold == float("inf"):
-        raise ValueError(f"cannot select {count:,} of {int(among.count_nonzero()):,} finite elements")
-    below = keyed < threshold
-    ties = _nonzero(keyed == threshold)
-    below[ties[: count - int(below.count_nonzero())]] = True
-    return below.view(among.shape), threshold
+        return torch.zeros_like(among), float("-inf")
+    if score.device.type == "cpu":
+        selected, threshold = _smallest_on_host(score, among, count)
+    else:
+        selected, threshold = _smallest_on_device(score, among, count)
+    if threshold >= _OUT:
+        raise ValueError(f"cannot select {count:,} of {count_live(among):,} finite elements")
+    return selected.view(among.shape), threshold
+
+
+def _smallest_on_host(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, float]:
+    """In NumPy, whose partition, comparisons and products use vector instructions: several times faster."""
+    inside = among.reshape(-1).numpy()
+    keyed = np.multiply(~inside, _OUT, dtype=np.float32)  # scores are far below, so this takes an element out
+    keyed += score.reshape(-1).numpy()
+    threshold = np.partition(keyed, count - 1)[count - 1]
+    selected = keyed < threshold
+    ties = np.flatnonzero(keyed == threshold)
+    selected[ties[: count - np.count_nonzero(selected)]] = True
+    return torch.from_numpy(selected), float(threshold)
+
+
+def _smallest_on_device(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, float]:
+    keyed = torch.where(among, score, _OUT).reshape(-1)
+    threshold = keyed.kthvalue(count).values
+    selected = keyed < threshold
+    ties = (keyed == threshold).nonzero().view(-1)
+    selected[ties[: count - int(selected.count_nonzero())]] = True
+    return selected, float(threshold)
 
 
 def select_largest(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, float]:
@@ -132,6 +151,27 @@ def largest_per_segment(score: Tensor, among: Tensor, sizes: Sequence[int], coun
     """The ``counts[i]`` greatest elements of the i-th of consecutive segments of a flat tensor, as a bool mask."""
     parts = zip(score.split(list(sizes)), among.split(list(sizes)), counts, strict=True)
     return torch.cat([select_largest(segment, inside, count)[0] for segment, inside, count in parts])
+
+
+def count_live(mask: Tensor) -> int:
+    """How many elements of a bool mask are True (NumPy's count is the faster one on a CPU)."""
+    if mask.device.type == "cpu":
+        return int(np.count_nonzero(mask.numpy()))
+    return int(mask.count_nonzero())
+
+
+def zero_dead(tensor: Tensor, live: Tensor) -> None:
+    """Set ``tensor`` to 0 where ``live`` is False, in place.
+
+    NumPy multiplies a float by a bool two to three times faster than torch does on a CPU. It does so behind
+    autograd's back, so this is for gradients, moments and averages, not for what a graph may still hold.
+    """
+    if tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous():
+        values = tensor.detach().numpy()
+        with np.errstate(invalid="ignore"):  # an overflow stays visible as NaN, to GradScaler above all
+            np.multiply(values, live.numpy(), out=values)
+    else:
+        tensor.mul_(live)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -165,21 +205,5 @@ def count_bits(packed: Tensor) -> int:
     return int(_BITS_IN_BYTE[packed.numpy()].sum(dtype=np.int64))
 
 
+_OUT = float(np.float32(1e38))
 _BITS_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1).astype(np.uint8)
-
-
-def _kth_smallest(values: Tensor, k: int) -> float:
-    """The k-th smallest (from 1) of a flat float tensor.
-
-    NumPy's partition uses vector instructions and is several times faster than torch's on a CPU.
-    """
-    if values.device.type == "cpu":
-        return float(np.partition(values.numpy(), k - 1)[k - 1])
-    return float(values.kthvalue(k).values)
-
-
-def _nonzero(mask: Tensor) -> Tensor:
-    """Indices of the True elements of a flat mask, ascending (NumPy's is the faster one on a CPU)."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.nonzero().view(-1)

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from sparse_trainer.masks import zero_dead
+
 SUPPORTED = {
     "torch.optim": ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adadelta"),
     "timm.optim": (
@@ -97,7 +99,6 @@ def carry_over(
     optimizer: torch.optim.Optimizer,
     parameter: nn.Parameter,
     live: Tensor,
-    added: Tensor,
     growth_gradient: Tensor | None,
 ) -> None:
     """Bring the moments of ``parameter`` in line with its new mask.
@@ -108,12 +109,11 @@ def carry_over(
 
     Args:
         live: bool, the mask after the update.
-        added: bool, the weights that this update grew.
-        growth_gradient: mean gradient that grew them, in the units in which the optimizer sees gradients; None
-            leaves second moments at 0.
+        growth_gradient: mean gradient at the weights that this update grew, 0 at all others, in the units in
+            which the optimizer sees gradients; None leaves second moments at 0.
     """
     for key, value in moments(optimizer, parameter):
-        value.mul_(live)
+        zero_dead(value, live)
         if is_second_moment(key) and growth_gradient is not None:
-            seed = (growth_gradient * added).to(value.dtype)
+            seed = growth_gradient.to(value.dtype)
             value.addcmul_(seed, seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from sparse_trainer.budget import allocate
 from sparse_trainer.masks import (
     MaskChange,
     count_bits,
+    count_live,
     largest_per_segment,
     pack_bits,
     prune_and_grow,
     random_mask,
     replaceable,
     unpack_bits,
+    zero_dead,
 )
 from sparse_trainer.optimizer_state import carry_over, moments
 from sparse_trainer.report import LayerUpdate
@@ -171,13 +174,13 @@ class WeightMasks:
         self.apply()
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
-                parameter.grad.mul_(self.masks[name])
+                zero_dead(parameter.grad, self.masks[name])
             for _, value in moments(optimizer, parameter):
-                value.mul_(self.masks[name])
+                zero_dead(value, self.masks[name])
 
     def live_count(self) -> int:
         """Live elements, counted on the masks."""
-        return sum(int(mask.count_nonzero()) for mask in self.masks.values())
+        return sum(count_live(mask) for mask in self.masks.values())
 
     def install(self) -> None:
         """Hook the gradients, so that nothing after a backward pass sees a dead one."""
@@ -200,7 +203,7 @@ class WeightMasks:
     def _masker(self, name: str) -> Any:
         def mask_gradient(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                parameter.grad.mul_(self.masks[name])
+                zero_dead(parameter.grad, self.masks[name])
 
         return mask_gradient
 
@@ -221,44 +224,64 @@ class WeightMasks:
         """
         gradients = self.growth.take() if self.config.grow == "gradient" else {}
         eligible = {name: ~mask for name, mask in frozen.items()}
-        report = {}
-        for name, change in self._choose(drop_fraction, gradients, eligible):
-            parameter, mask = self.parameters[name], self.masks[name]
-            mask.copy_(change.live)
-            parameter.mul_(mask)
-            if parameter.grad is not None:
-                parameter.grad.mul_(mask)
-            if name in ema:
-                ema[name].mul_(mask.to(ema[name].device))
-            seed = gradients.get(name) if self.config.seed_second_moments else None
-            carry_over(optimizer, parameter, mask, change.added, seed)
-            gradients.pop(name, None)
-            self._ever_live[name] |= pack_bits(mask)
-            report[name] = LayerUpdate(
-                pruned=int(change.removed.count_nonzero()),
-                grown=int(change.added.count_nonzero()),
-                live=int(mask.count_nonzero()),
-                total=mask.numel(),
-                explored=count_bits(self._ever_live[name]),
-                threshold=change.threshold,
-            )
-        return report
-
-    def _choose(self, drop_fraction: float, gradients: Mapping[str, Tensor], eligible: Mapping[str, Tensor]) -> Any:
-        """Yield each layer's name and :class:`MaskChange`; layer by layer, or over all at one threshold."""
         if self.config.distribution == "global":
-            yield from self._choose_globally(drop_fraction, gradients, eligible).items()
-            return
-        for name, parameter in self.parameters.items():
-            mask, inside = self.masks[name], eligible.get(name)
-            score = self._growth_score(name, gradients)
-            count = replaceable(mask, drop_fraction, inside) if score is not None else 0
-            if score is None:
-                score = torch.zeros_like(parameter)
-            yield (
-                name,
-                prune_and_grow(parameter, mask, score, count, regrow=self.config.regrow, eligible=inside),
-            )
+            changes = self._choose_globally(drop_fraction, gradients, eligible)
+
+        def one(name: str) -> LayerUpdate:
+            with torch.no_grad():  # which a thread does not inherit
+                if self.config.distribution == "global":
+                    change = changes[name]
+                else:
+                    change = self._choose(name, drop_fraction, gradients, eligible.get(name))
+                return self._apply(name, change, optimizer, ema.get(name), gradients.get(name))
+
+        names = list(self.parameters)
+        first = self.parameters[names[0]]
+        if first.device.type == "cpu" and self.config.grow == "gradient":
+            # Selection runs on one core, so two layers at a time; random growth draws in order, one by one.
+            with ThreadPoolExecutor(max(1, min(len(names), torch.get_num_threads()))) as pool:
+                return dict(zip(names, pool.map(one, names), strict=True))
+        return {name: one(name) for name in names}
+
+    def _choose(
+        self, name: str, drop_fraction: float, gradients: Mapping[str, Tensor], eligible: Tensor | None
+    ) -> MaskChange:
+        """What changes in one layer."""
+        parameter, mask = self.parameters[name], self.masks[name]
+        score = self._growth_score(name, gradients)
+        count = replaceable(mask, drop_fraction, eligible) if score is not None else 0
+        if score is None:
+            score = torch.zeros_like(parameter)
+        return prune_and_grow(parameter, mask, score, count, regrow=self.config.regrow, eligible=eligible)
+
+    def _apply(
+        self,
+        name: str,
+        change: MaskChange,
+        optimizer: torch.optim.Optimizer,
+        average: Tensor | None,
+        gradient: Tensor | None,
+    ) -> LayerUpdate:
+        """Finish the transition of one layer: mask, weight, gradient, EMA and moments."""
+        parameter, mask = self.parameters[name], self.masks[name]
+        mask.copy_(change.live)
+        parameter.mul_(mask)
+        if parameter.grad is not None:
+            zero_dead(parameter.grad, mask)
+        if average is not None:
+            zero_dead(average, mask.to(average.device))
+        if gradient is not None:
+            zero_dead(gradient, change.added)
+        carry_over(optimizer, parameter, mask, gradient if self.config.seed_second_moments else None)
+        self._ever_live[name] |= pack_bits(mask)
+        return LayerUpdate(
+            pruned=count_live(change.removed),
+            grown=count_live(change.added),
+            live=count_live(mask),
+            total=mask.numel(),
+            explored=count_bits(self._ever_live[name]),
+            threshold=change.threshold,
+        )
 
     def _choose_globally(
         self, drop_fraction: float, gradients: Mapping[str, Tensor], eligible: Mapping[str, Tensor]
@@ -285,15 +308,14 @@ class WeightMasks:
         )
         # The strongest weights of each layer, up to its floor, are not up for pruning.
         floors = [
-            min(max(1, int(self.config.floor * self.allocation[name])), int(self.masks[name].count_nonzero()))
-            for name in names
+            min(max(1, int(self.config.floor * self.allocation[name])), count_live(self.masks[name])) for name in names
         ]
         kept = largest_per_segment(weight.abs().float(), live, sizes, floors)
         inside = inside & ~(kept & live)
         count = min(
-            round(drop_fraction * int(live.count_nonzero())),
-            int((live & inside).count_nonzero()),
-            int((inside & ~live).count_nonzero()),
+            round(drop_fraction * count_live(live)),
+            count_live(live & inside),
+            count_live(inside & ~live),
         )
         change = prune_and_grow(weight, live, score, count, regrow=self.config.regrow, eligible=inside)
         shapes = [self.masks[name].shape for name in names]
@@ -317,8 +339,10 @@ class WeightMasks:
         """
         parameter = self.parameters[name]
         if self.config.grow == "gradient":
-            gradient = gradients.get(name)
-            return gradient.abs().float() if gradient is not None and bool(gradient.any()) else None
+            if name not in gradients:
+                return None
+            score = gradients[name].abs().float()
+            return score if float(score.amax()) > 0 else None
         return torch.rand(parameter.shape, generator=self.generator).to(parameter.device)
 
     def state_dict(self) -> dict[str, Any]:
@@ -343,7 +367,7 @@ class WeightMasks:
             name: unpack_bits(bits, self.masks[name].numel()).view(self.masks[name].shape)
             for name, bits in state["masks"].items()
         }
-        live = sum(int(mask.count_nonzero()) for mask in masks.values())
+        live = sum(count_live(mask) for mask in masks.values())
         if live != sum(self.allocation.values()):
             raise ValueError(
                 f"the saved masks have {live:,} live elements, the budget is {sum(self.allocation.values()):,}"

@@ -515,3 +515,201 @@ def test_exploration_rate_by_hand() -> None:
     assert (report.layers["weight"].pruned, report.layers["weight"].grown) == (2, 2)
     assert report.exploration_rate == 6 / 8
     assert report.churn == 4 / 4
+
+
+def update_masks(
+    model: nn.Module, batch: Batch, run: Callable[[torch.optim.Optimizer, Callable[[], Tensor]], None]
+) -> Any:
+    """One update of a loop of its own kind; masks and moments after it."""
+    scheduler = SparsityScheduler(model, SparsityConfig(update_every=1, drop_fraction=0.3), total_steps=10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler.attach(optimizer)
+    run(optimizer, lambda: F.cross_entropy(model(batch[0]), batch[1]))
+    report = scheduler.step()
+    assert report is not None
+    assert report.churn > 0
+    return scheduler.masks
+
+
+def test_an_optimizer_that_runs_the_backward_pass_in_its_step(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    def plain(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+        loss().backward()
+        optimizer.step()
+
+    def by_closure(optimizer: torch.optim.Optimizer, loss: Callable[[], Tensor]) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+
+    masks = update_masks(tiny_deit(), tiny_batch, plain)
+    found = update_masks(tiny_deit(), tiny_batch, by_closure)
+    assert all(torch.equal(mask, found[name]) for name, mask in masks.items())
+
+
+def test_a_fused_optimizer_seeds_moments_without_the_loss_scale(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    seeds = []
+    for fused in (False, True):
+        model = tiny_deit()
+        scheduler = SparsityScheduler(model, SparsityConfig(update_every=1, drop_fraction=0.3), total_steps=10)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+        scheduler.attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+        before = scheduler.masks["head.weight"].clone()
+        scaler.scale(F.cross_entropy(model(tiny_batch[0]), tiny_batch[1])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scheduler.step() is not None
+        added = scheduler.masks["head.weight"] & ~before
+        seeds.append(optimizer.state[dict(model.named_parameters())["head.weight"]]["exp_avg_sq"][added])
+    torch.testing.assert_close(seeds[0], seeds[1], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("when", ["before attach", "after attach", "while detached"])
+def test_dead_weights_that_were_loaded_do_not_stay(tiny_deit: Factory, tiny_batch: Batch, when: str) -> None:
+    model, dense = tiny_deit(), tiny_deit(seed=5).state_dict()
+    scheduler = SparsityScheduler(model, SparsityConfig(), total_steps=1000)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    if when == "before attach":
+        model.load_state_dict(dense)
+    scheduler.attach(optimizer)
+    if when == "after attach":
+        model.load_state_dict(dense)
+    if when == "while detached":
+        scheduler.detach()
+        F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]).backward()
+        optimizer.step()
+        scheduler.attach(optimizer)
+    F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]).backward()
+    optimizer.step()
+    scheduler.step()
+    assert_invariants(scheduler, optimizer, scheduler.budget.live)
+
+
+def test_micro_batches_belong_to_their_optimizer_step(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    """A batch that the loop gave up is forgotten; batches before the optimizer steps are not."""
+
+    def masks(give_up: bool, call_each_time: bool) -> dict[str, Tensor]:
+        model = tiny_deit()
+        scheduler = SparsityScheduler(model, SparsityConfig(update_every=1, drop_fraction=0.3), total_steps=10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        scheduler.attach(optimizer)
+        if give_up:
+            (F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]) * float("nan")).backward()
+            optimizer.zero_grad()
+        for images, targets in zip(tiny_batch[0].chunk(2), tiny_batch[1].chunk(2), strict=True):
+            if call_each_time:
+                assert scheduler.step() is None
+            F.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+        assert scheduler.step() is not None
+        return scheduler.masks
+
+    expected = masks(give_up=False, call_each_time=False)
+    for found in (masks(give_up=True, call_each_time=False), masks(give_up=False, call_each_time=True)):
+        assert all(torch.equal(mask, found[name]) for name, mask in expected.items())
+
+
+@pytest.mark.parametrize("distribution", ["erk", "global"])
+def test_a_layer_without_a_gradient_is_left_alone(distribution: str) -> None:
+    model = nn.ModuleDict({"used": nn.Linear(8, 8), "idle": nn.Linear(8, 8)})
+    config = SparsityConfig(update_every=1, drop_fraction=0.5, distribution=distribution)
+    scheduler = SparsityScheduler(model, config, total_steps=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler.attach(optimizer)
+    idle = scheduler.masks["idle.weight"].clone()
+    for _ in range(3):
+        model["used"](torch.randn(4, 8)).square().sum().backward()
+        optimizer.step()
+        report = scheduler.step()
+        assert report is not None
+        assert report.layers["idle.weight"].pruned == report.layers["idle.weight"].grown == 0
+        assert report.layers["used.weight"].pruned > 0
+        assert scheduler.budget.live == 64
+    assert torch.equal(scheduler.masks["idle.weight"], idle)
+
+
+def test_no_layer_falls_below_its_floor() -> None:
+    model = nn.ModuleDict({"weak": nn.Linear(10, 10), "strong": nn.Linear(10, 10)})
+    model["weak"].weight.data.mul_(1e-6)
+    config = SparsityConfig(update_every=1, drop_fraction=1.0, distribution="global", grow="random", floor=0.2)
+    scheduler = SparsityScheduler(model, config, total_steps=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scheduler.attach(optimizer)
+    for _ in range(5):
+        (model["weak"](torch.ones(1, 10)) + model["strong"](torch.ones(1, 10))).sum().backward()
+        optimizer.step()
+        scheduler.step()
+        assert int(scheduler.masks["weak.weight"].sum()) >= 10  # a fifth of its first 50
+        assert scheduler.budget.live == 100
+
+
+def test_an_average_of_shared_weights_and_one_that_was_moved() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(6, 6))
+            self.out = nn.Linear(6, 6)
+            self.out.weight = self.table
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x @ self.table)
+
+    model = Tied()
+    scheduler = SparsityScheduler(model, SparsityConfig(update_every=1, drop_fraction=0.5), total_steps=20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = copy.deepcopy(model)
+    scheduler.attach(optimizer, ema=ema)
+    ema.double()
+    for _ in range(4):
+        model(torch.randn(3, 6)).square().mean().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+                average.lerp_(weight.double(), 0.5)
+        assert (ema.table[~scheduler.masks["out.weight"]] == 0).all()
+
+
+def test_frozen_weights_are_named(tiny_deit: Factory) -> None:
+    model = tiny_deit()
+    scheduler = SparsityScheduler(model, SparsityConfig(), total_steps=10)
+    model.get_submodule("head").requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"1 prunable weights are frozen, head\.weight among them; exclude them"):
+        scheduler.attach(optimizer)
+    model.get_submodule("head").requires_grad_(True)
+    scheduler.attach(optimizer)
+    assert scheduler._weights is not None
+    assert len(scheduler._weights._handles) == 2 * len(scheduler.masks)
+
+
+def test_seeds_are_the_mean_over_several_steps(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    """The same batch twice and a learning rate of 0: the mean gradient is the gradient, not twice it."""
+
+    def seeds(batches_each: int, every: int) -> Tensor:
+        model = tiny_deit()
+        config = SparsityConfig(update_every=every, growth_batches=batches_each, drop_fraction=0.3)
+        scheduler = SparsityScheduler(model, config, total_steps=100)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.999))
+        scheduler.attach(optimizer)
+        before = scheduler.masks["head.weight"].clone()
+        for _ in range(every):
+            F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]).backward()
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        added = scheduler.masks["head.weight"] & ~before
+        return optimizer.state[dict(model.named_parameters())["head.weight"]]["exp_avg_sq"][added]
+
+    torch.testing.assert_close(seeds(1, 2).sort().values, seeds(2, 2).sort().values, rtol=1e-4, atol=0)
+
+
+def test_updates_zero_and_stop_zero_keep_the_first_masks(tiny_deit: Factory) -> None:
+    scheduler, reports = train(tiny_deit(), SparsityConfig(updates=0, stop_at=0.0), 3)
+    assert not reports
+    assert scheduler.schedule.update_steps == ()

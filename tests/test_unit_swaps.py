@@ -523,3 +523,74 @@ def test_densities_that_do_not_fit(tiny_deit: Factory) -> None:
 def test_rounding_is_reported(tiny_deit: Factory) -> None:
     with pytest.warns(UserWarning, match=r"head_density: 0\.7 of 3 heads is rounded to 2 \(0\.667\)"):
         SparsityScheduler(tiny_deit(), structured(head_density=0.7, neuron_density=0.5), total_steps=10)
+
+
+def test_gradient_checkpointing_gives_the_same_scores(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_deit()
+        scheduler = SparsityScheduler(model, structured(), total_steps=10)
+        model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
+        assert scheduler._units is not None
+        groups = [(group.group, group.candidates) for group in scheduler._units.groups]
+        with _probing(model, groups) as gates:
+            found.append(_gate_scores(lambda model=model: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]), gates))  # type: ignore[misc]
+    assert all(torch.allclose(plain, again) for plain, again in zip(*found, strict=True))
+
+
+def test_a_probe_inside_autocast(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    """Autocast keeps weights that it has cast; the probe must see its own, and the loop its own again."""
+    model = tiny_deit()
+    scheduler, optimizer, _ = prepare(model, structured())
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]).backward()
+            optimizer.step()
+            assert scheduler.step(lambda: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1])) is not None
+        optimizer.zero_grad()
+
+
+def test_a_candidate_is_scored_under_the_mask_it_would_come_under(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    """Candidates that are copies of the live units score exactly like them, whatever the masks."""
+    model = tiny_deit()
+    scheduler = SparsityScheduler(model, structured(density=0.2, neuron_density=0.5, head_density=1.0), total_steps=10)
+    assert scheduler._units is not None
+    parameters = dict(model.named_parameters())
+    for group in scheduler._units.groups:
+        for part in group.group.slices:  # 48 live, 48 dormant
+            group.candidates[part.name] = parameters[part.name].detach().clone()
+        masked = group.masked_candidates(scheduler.masks)
+        for part in group.group.slices:
+            assert torch.equal(masked[part.name], parameters[part.name])
+            assert masked[part.name] is not parameters[part.name]
+        group.candidates = {name: torch.ones_like(value) for name, value in group.candidates.items()}
+        for part in group.group.slices:
+            if part.name in scheduler.masks:
+                sparse = group.masked_candidates(scheduler.masks)[part.name]
+                assert torch.equal(sparse.bool(), scheduler.masks[part.name])
+
+
+def test_a_swap_folds_the_bias_and_follows_in_the_average(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    """What a head always added stays in the output bias; the average's slot holds the unit that came."""
+    model = tiny_deit()
+    torch.nn.init.normal_(dict(model.named_parameters())["blocks.0.attn.qkv.bias"])
+    scheduler, optimizer, ema = prepare(model, structured(neuron_density=1.0))
+    F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]).backward()
+    optimizer.step()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    live = scheduler.live_heads["blocks.0"]
+    update = scheduler.step(lambda: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]))
+    assert update is not None
+    slot = live.index(update.blocks["blocks.0"].heads_removed[0])
+    value = before["blocks.0.attn.qkv.bias"].view(3, 2, 8)[2, slot]
+    columns = before["blocks.0.attn.proj.weight"][:, slot * 8 : slot * 8 + 8]
+    after, averages = dict(model.named_parameters()), dict(ema.module.named_parameters())
+    expected = before["blocks.0.attn.proj.bias"] + columns @ value
+    torch.testing.assert_close(after["blocks.0.attn.proj.bias"].detach(), expected)
+    rows = find_blocks(model)["blocks.0"].heads.inputs[0]
+    assert torch.equal(rows.units(averages[rows.name])[slot], rows.units(after[rows.name])[slot])
+    assert scheduler._units is not None
+    group = scheduler._units.groups[0]
+    place = group.dormant.index(update.blocks["blocks.0"].heads_removed[0])
+    kept = rows.units(group.candidates[rows.name])[place]
+    assert torch.equal(kept, rows.units(before[rows.name])[slot])

@@ -204,20 +204,22 @@ class UnitSwaps:
         if not all(bool(score.isfinite().all()) for score in scores):
             return {}, ["a probe batch gave scores that are not finite: no unit was swapped"]
         parameters = dict(self.model.named_parameters())
-        swaps, warnings = {}, []
+        swaps, undone = {}, []
         for index, score in zip(probed, scores, strict=True):
             units = self.groups[index]
             swap = _choose(units, score, due[index], parameters, if_better)
             if not swap.slots:
                 continue
             if set(swap.added) == set(units.last.removed) and set(swap.removed) == set(units.last.added):
-                warnings.append(
-                    f"{units.group.block}: the {units.group.kind}s that came back are those that the update before "
-                    "removed; growth changes nothing here"
-                )
+                undone.append(f"{units.group.block} ({units.group.kind}s)")
             self._exchange(units, swap, parameters, optimizer, ema, masks, seed_second_moments)
             units.last = swap
             swaps[index] = swap
+        warnings = []
+        if undone:
+            warnings.append(
+                f"what came back in {', '.join(undone)} is what the update before removed; growth changes nothing there"
+            )
         return swaps, warnings
 
     @torch.no_grad()

@@ -75,6 +75,12 @@ class SparsityScheduler:
             drop_fraction_end=config.drop_fraction_end,
             stop_at=config.stop_at,
         )
+        if not self.schedule.update_steps and config.updates != 0:
+            warnings.warn(
+                f"no update fits into {total_steps:,} steps, so the first masks stay; set updates or update_every, or "
+                "updates to 0 if that is meant",
+                stacklevel=2,
+            )
         dense_total = sum(p.numel() for p in prunable_weights(model, config.include, config.exclude).values())
         self._units: UnitSwaps | None = None
         if config.structured:

@@ -500,6 +500,14 @@ def test_not_finite_gradients_are_not_ranked(tiny_deit: Factory, tiny_batch: Bat
     assert scheduler.budget.live == report.budget.live
 
 
+def test_a_run_too_short_for_any_update_says_so(tiny_deit: Factory) -> None:
+    with pytest.warns(UserWarning, match="no update fits into 50 steps, so the first masks stay; set updates"):
+        SparsityScheduler(tiny_deit(), SparsityConfig(), total_steps=50)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        SparsityScheduler(tiny_deit(), SparsityConfig(updates=0), total_steps=50)
+
+
 def test_exploration_rate_by_hand() -> None:
     """Of 8 weights 4 are live; once 2 others have lived, 6 of 8 were explored."""
     layer = nn.Linear(4, 2, bias=False)

@@ -11,14 +11,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.config import choose_device
+from experiments.data import DataConfig, create_data
 from experiments.timing import (
     Figure,
     describe_machine,
@@ -29,7 +31,7 @@ from experiments.timing import (
     timed,
     write_json,
 )
-from models import create_model
+from models import create_model, tokens_per_block
 from sparse_trainer import SparsityConfig, SparsityScheduler, flops
 from sparse_trainer.units import compact, find_blocks
 
@@ -287,8 +289,6 @@ def textured_images(count: int, size: int, device: torch.device) -> Tensor:
 
     The embedded pictures, enlarged: what differs between images is what a selector reacts to.
     """
-    from experiments.data import DataConfig, create_data
-
     data = create_data(DataConfig(eval_batch_size=count), device="cpu", seed=0)
     images = next(iter(data.eval.batches()))[0][:count]
     images = images[torch.arange(count) % images.shape[0]].expand(-1, 3, -1, -1)
@@ -326,8 +326,6 @@ def benchmark_inference(setting: Setting, structure: Structure) -> list[Figure]:
         setting: model, size, precision and number of pairs.
         structure: what is live; tokens is the mean keep ratio at each of three stages.
     """
-    from models import tokens_per_block
-
     device = choose_device(setting.device)
     dense = make_model(setting)
     images = textured_images(setting.batch_size, setting.image_size, device)
@@ -394,8 +392,6 @@ def benchmark_data(setting: Setting) -> list[Figure]:
     Args:
         setting: batch size, device and number of pairs.
     """
-    from experiments.data import DataConfig, create_data
-
     device = choose_device(setting.device)
     memory = create_data(DataConfig(batch_size=setting.batch_size), device=device, seed=0)
     with tempfile.TemporaryDirectory() as folder:
@@ -425,10 +421,6 @@ def benchmark_data(setting: Setting) -> list[Figure]:
 
 def _write_images(folder: Path) -> None:
     """The first images of the embedded data as PNG files, as an image folder."""
-    from PIL import Image
-
-    from experiments.data import DataConfig, create_data
-
     data = create_data(DataConfig(train_subset=2000, eval_subset=100), device="cpu", seed=0)
     for split in ("train", "test"):
         for index, (images, targets) in enumerate(data.eval.batches()):
@@ -452,10 +444,11 @@ def create_parser() -> ArgumentParser:
     """The parser of ``sparse-trainer benchmark``."""
     parser = ArgumentParser(prog="sparse-trainer benchmark", description=__doc__, exit_on_error=False)
     commands = parser.add_subcommands(dest="command")
+    types = get_type_hints(Setting)
     for name, (function, defaults) in COMMANDS.items():
         command = ArgumentParser(exit_on_error=False, description=function.__doc__)
         for key, value in asdict(defaults).items():
-            command.add_argument(f"--{key}", type=_type(key), default=value)
+            command.add_argument(f"--{key}", type=types[key], default=value)
         if function in (benchmark_train, benchmark_inference):
             tokens = 0.7 if function is benchmark_inference else 1.0
             for key, value in asdict(Structure(tokens=tokens)).items():
@@ -464,12 +457,6 @@ def create_parser() -> ArgumentParser:
             command.add_argument("--density", type=float, default=0.5)
         commands.add_subcommand(name, command, help=(function.__doc__ or "").splitlines()[0])
     return parser
-
-
-def _type(key: str) -> Any:
-    import typing
-
-    return typing.get_type_hints(Setting)[key]
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from experiments.config import ConfigError
+from sparse_trainer.checkpoint import CheckpointError
+
+WRONG, INTERRUPTED = 2, 130
+"""Exit codes: what was asked for cannot be done; ended by Ctrl-C."""
 PLAIN_WIDTH = 110
 PLAIN_INTERVAL = 15.0
 """Seconds between progress lines where there is no terminal."""
@@ -75,6 +81,17 @@ class Display:
         """One line above the bar."""
         self.console.print(text, soft_wrap=True, markup=False)
         self._spoke = time.monotonic()
+
+
+def run_command(name: str, command: Callable[[], int]) -> int:
+    """The exit code of a sub-command; what a user did wrong becomes one line and code 2, Ctrl-C code 130."""
+    try:
+        return command()
+    except (ConfigError, CheckpointError) as error:
+        print(f"sparse-trainer {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
 
 
 def print_table(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:

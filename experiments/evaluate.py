@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +22,11 @@ from experiments.config import (
     naming,
     recipes,
 )
-from experiments.console import create_console, print_table
+from experiments.console import create_console, print_table, run_command
 from experiments.data import Data, DataConfig, create_data
 from experiments.metrics import count_used, describe_tokens, measure, precision_context
 from models import create_model
-from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_sparse, load_sparse_masks, read_info
-
-WRONG, INTERRUPTED = 2, 130
+from sparse_trainer.checkpoint import SparseInfo, load_sparse, load_sparse_masks, read_info
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -47,13 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    try:
-        return _evaluate(arguments)
-    except (ConfigError, CheckpointError) as error:
-        print(f"sparse-trainer evaluate: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return WRONG
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return run_command("evaluate", lambda: _evaluate(arguments))
 
 
 def data_of(checkpoint: Path, info: SparseInfo) -> DataConfig:

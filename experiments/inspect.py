@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +18,17 @@ from torch import Tensor, nn
 
 from experiments.augment import normalize
 from experiments.config import ConfigError, explain
-from experiments.console import create_console, print_table
+from experiments.console import create_console, print_table, run_command
 from experiments.data_config import DataConfig
 from experiments.evaluate import data_of, open_eval_data
 from experiments.metrics import known_tokens, precision_context
 from experiments.overlay import draw, examples
 from experiments.pretrained import find_checkpoint
 from models import Selection, create_model
-from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_sparse, load_sparse_masks, read_info
+from sparse_trainer.checkpoint import SparseInfo, load_sparse, load_sparse_masks, read_info
 from sparse_trainer.flops import Count, LayerCount, count
 from sparse_trainer.units import BlockUnits, find_blocks
 
-WRONG, INTERRUPTED = 2, 130
 MOST_IMAGES = 10
 """Rows of a picture."""
 
@@ -56,13 +54,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
-    try:
-        return _inspect(arguments)
-    except (ConfigError, CheckpointError) as error:
-        print(f"sparse-trainer inspect: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return WRONG
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    return run_command("inspect", lambda: _inspect(arguments))
 
 
 @dataclass(frozen=True)

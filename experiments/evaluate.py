@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from experiments.config import (
@@ -24,7 +27,7 @@ from experiments.config import (
 )
 from experiments.console import create_console, print_table, run_command
 from experiments.data import Data, DataConfig, create_data
-from experiments.metrics import count_used, describe_tokens, measure, precision_context
+from experiments.metrics import Measured, count_used, describe_tokens, measure, precision_context
 from models import create_model
 from sparse_trainer.checkpoint import SparseInfo, load_sparse, load_sparse_masks, read_info
 
@@ -96,6 +99,60 @@ def open_eval_data(config: DataConfig, info: SparseInfo, device: str) -> Data:
     return data
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What a checkpoint achieved on a set of images."""
+
+    info: SparseInfo
+    measured: Measured
+    macs: float  #: mean of one image, with the patches that these images kept
+    seconds: float  #: reading the images included
+    #: By the block before which patches are dropped: how many images kept so many, ``{"4": {"98": 12, ...}}``.
+    histogram: dict[str, dict[str, int]]
+
+
+def evaluate(path: Path, data_config: DataConfig, *, device: torch.device, amp: str) -> Evaluation:
+    """Measure a sparse checkpoint.
+
+    Args:
+        data_config: as :func:`data_of` finds it.
+        amp: float32, bfloat16 or float16.
+
+    Raises:
+        CheckpointError: the file is damaged, or none.
+        ConfigError: the images are missing, or of other classes than the model's.
+    """
+    info = read_info(path)
+    model = load_sparse(path, create_model=create_model, device=device)
+    data = open_eval_data(data_config, info, str(device))
+    started = time.perf_counter()
+    with naming("data"):
+        measured = measure(model, data.eval, precision_context(device, amp))
+    seconds = time.perf_counter() - started
+    macs = float(info.macs)
+    histogram: dict[str, dict[str, int]] = {}
+    if measured.tokens is not None:  # they depend on the images
+        size = (data.in_chans, data.image_size, data.image_size)
+        macs = count_used(model, load_sparse_masks(path), measured.tokens, size).live_macs
+        if measured.kept is not None and (info.selector or {}).get("kind") == "threshold":
+            for stage, counts in zip(measured.tokens.stages, measured.kept.unbind(dim=1), strict=True):
+                kept, images = counts.unique(return_counts=True)
+                histogram[str(stage)] = dict(zip(map(str, kept.tolist()), images.tolist(), strict=True))
+    return Evaluation(info, measured, macs, seconds, histogram)
+
+
+def describe_histogram(images: Mapping[str, int], bins: int = 8) -> str:
+    """``98-111: 12, 112-125: 40, ...``: images by the patches they kept, in at most ``bins`` equal steps."""
+    low, high = min(map(int, images)), max(map(int, images))
+    width = -(-(high - low + 1) // bins)
+    sums: dict[int, int] = {}
+    for kept, count in images.items():
+        step = (int(kept) - low) // width
+        sums[step] = sums.get(step, 0) + count
+    ends = {step: (low + step * width, min(high, low + (step + 1) * width - 1)) for step in sorted(sums)}
+    return ", ".join(f"{a}-{b}: {sums[step]:,}" if a < b else f"{a}: {sums[step]:,}" for step, (a, b) in ends.items())
+
+
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
@@ -133,23 +190,18 @@ def _evaluate(arguments: Sequence[str]) -> int:
     amp = options.amp
     if amp == "auto":
         amp = "bfloat16" if has_bfloat16_matmul(device) else "float32"
-    model = load_sparse(path, create_model=create_model, device=device)
-    data = open_eval_data(data_config, info, str(device))
-    started = time.perf_counter()
-    with naming("data"):
-        measured = measure(model, data.eval, precision_context(device, amp))
-    seconds = time.perf_counter() - started
-    found, macs = measured.metrics, float(info.macs)
-    if measured.tokens is not None:  # they depend on the images
-        size = (data.in_chans, data.image_size, data.image_size)
-        macs = count_used(model, load_sparse_masks(path), measured.tokens, size).live_macs
-    numbers = {
+    evaluation = evaluate(path, data_config, device=device, amp=amp)
+    measured, macs = evaluation.measured, evaluation.macs
+    found = measured.metrics
+    numbers: dict[str, Any] = {
         **found,
-        "images_per_second": found["images"] / seconds,
+        "images_per_second": found["images"] / evaluation.seconds,
         "live_parameters": info.budget.live,
         "total_parameters": info.budget.total,
         "macs": round(macs),
     }
+    if evaluation.histogram:
+        numbers["images_by_patches_kept"] = evaluation.histogram
     if options.json:
         print(json.dumps({"checkpoint": str(path), **numbers}))
         return 0
@@ -164,5 +216,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     ]
     if measured.tokens is not None:
         rows.insert(-1, ("patches kept", describe_tokens(measured.tokens)))
+    for stage, images in evaluation.histogram.items():
+        rows.insert(-1, (f"images by patches kept, block {stage}", describe_histogram(images)))
     print_table(create_console(), str(path), rows)
     return 0

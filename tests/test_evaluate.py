@@ -1,0 +1,37 @@
+"""``sparse-trainer evaluate``: how many images kept how many patches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.__main__ import main
+from experiments.config import to_yaml
+from experiments.evaluate import describe_histogram
+from tests.test_losses import THRESHOLD
+from tests.test_training import run, start
+
+
+def test_a_histogram_in_words() -> None:
+    assert describe_histogram({"7": 1000}) == "7: 1,000"
+    assert describe_histogram({"4": 1, "5": 2, "6": 3}) == "4: 1, 5: 2, 6: 3"
+    # 16 numbers in 8 steps of 2; the last is as long as there are numbers, and empty ones are left out.
+    assert describe_histogram({"1": 1, "2": 2, "3": 3, "16": 4}) == "1-2: 3, 3-4: 3, 15-16: 4"
+    assert describe_histogram({"1": 1, "2": 2, "5": 4}, bins=3) == "1-2: 3, 5: 4"
+
+
+def test_images_that_keep_their_own_number_of_patches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop = start(tmp_path / "run", {"sparsity": None, "selector": THRESHOLD}, {"training": {"epochs": 1}})
+    loop.folder.config.write_text(to_yaml(loop.trainer.config))
+    run(loop)
+    capsys.readouterr()
+    assert main(["evaluate", str(loop.folder.sparse), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    for stage, images in found["images_by_patches_kept"].items():
+        assert sum(images.values()) == found["images"]
+        mean = sum(int(kept) * count for kept, count in images.items()) / found["images"]
+        assert mean == pytest.approx(found[f"tokens_kept/{stage}"])
+    assert main(["evaluate", str(loop.folder.sparse)]) == 0
+    assert "images by patches kept" in capsys.readouterr().out

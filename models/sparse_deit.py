@@ -93,26 +93,6 @@ def attend_masked(
     return context, head_weighted_scores(class_row[:, prefix:], context[:, prefix:], query.shape[1])
 
 
-def attend_present(attn: Attention, query: Tensor, key: Tensor, value: Tensor, *, presence: Tensor) -> Tensor:
-    """Fused attention over ``[B, N, H, dh]`` in which token j weighs ``presence[b, j]`` times its usual weight.
-
-    ``weights_ij = exp(a_ij) presence_j / sum_k exp(a_ik) presence_k``. The logarithm rides along as one more channel
-    of the keys, met by a constant in the queries, so that the fused kernels carry its gradient.
-
-    Args:
-        presence: ``[B, N]``, positive; 1 changes nothing.
-    """
-    query, key = query.to(value.dtype), key.to(value.dtype)
-    channels = query.shape[-1]
-    extra = presence.log().to(value.dtype)[:, :, None, None].expand(*key.shape[:-1], 1)
-    q = F.pad(query, (0, 1), value=channels**0.5).transpose(1, 2)  # the scale of the scores takes the root out again
-    k = torch.cat([key, extra], dim=-1).transpose(1, 2)
-    v = F.pad(value, (0, 1)).transpose(1, 2)  # fused kernels want one number of channels
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=channels**-0.5)
-    return context[..., :channels].transpose(1, 2)
-
-
 def attend_packed(
     query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, tokens: int, scored: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -193,36 +173,24 @@ class _SelectsTokens(VisionTransformer):
         return self._run_packed(self.selector, x)
 
     def _run_top_k(self, selector: TopKSelector, x: Tensor) -> tuple[Tensor, Selection]:
-        """Gather what each stage keeps. ``x``: ``[B, P + N, C]``.
-
-        In training the straight-through factor of a kept patch is how present it is for the attention of all blocks
-        that follow: to make it smaller is to take the patch away. (Scaling the token itself, as published, says next
-        to nothing: every block begins with a LayerNorm, which undoes it.)
-        """
+        """Gather what each stage keeps. ``x``: ``[B, P + N, C]``."""
         prefix = self.num_prefix_tokens
         batch, patches = x.shape[0], x.shape[1] - prefix
         positions = torch.arange(patches, device=x.device).expand(batch, -1)
         masks: list[Tensor] = []
-        presence: Tensor | None = None
         for number, block in enumerate(self.blocks):
             if number in selector.stages:
                 indices, factor = selector(x[:, prefix:], len(masks))
                 kept_factor = factor.gather(1, indices)
                 positions = positions.gather(1, indices)
+                masks.append(factor.new_zeros(batch, patches).scatter(1, positions, kept_factor))
+                kept = x[:, prefix:] if selector.config.zeroing else gather_tokens(x[:, prefix:], indices)
                 if selector.config.zeroing:
-                    masks.append(factor)
-                    kept = x[:, prefix:] * factor.unsqueeze(-1).to(x.dtype)
-                else:
-                    if presence is not None:
-                        kept_factor = kept_factor * presence.gather(1, indices)
-                    masks.append(factor.new_zeros(batch, patches).scatter(1, positions, kept_factor))
-                    kept = gather_tokens(x[:, prefix:], indices)
-                    presence = kept_factor if self.training else None
+                    kept = kept * factor.unsqueeze(-1).to(x.dtype)
+                elif self.training:
+                    kept = kept * kept_factor.unsqueeze(-1).to(x.dtype)
                 x = torch.cat([x[:, :prefix], kept], dim=1)
-            if presence is None:
-                x = self._checkpointed(block, x)
-            else:
-                x = self._checkpointed(_run_block_present, block, x, F.pad(presence, (prefix, 0), value=1.0))
+            x = self._checkpointed(block, x)
         return x, Selection(selector.stages, tuple(masks), prefix, removes=not selector.config.zeroing)
 
     def _run_masked(self, selector: ThresholdSelector, x: Tensor) -> tuple[Tensor, Selection]:
@@ -264,13 +232,6 @@ class _SelectsTokens(VisionTransformer):
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
-
-
-def _run_block_present(block: Block, x: Tensor, presence: Tensor) -> Tensor:
-    def attend_to(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
-        return attend_present(cast(Attention, block.attn), q, k, v, presence=presence), None
-
-    return run_block(block, x, attend_to)[0]
 
 
 def _run_block_masked(
@@ -322,8 +283,8 @@ def add_selector(model: nn.Module, config: SelectorConfig) -> nn.Module:
     holder = _WITH_SELECTOR.get(type(model))
     if holder is None:
         raise ValueError(
-            f"selector: the model is a {type(model).__name__}; give a timm VisionTransformer, such as "
-            "deit_*, deit3_* or vit_*"
+            f"selector: the model is of timm's class {type(model).__name__}; selectors work with VisionTransformer, "
+            "which is that of deit_*, deit3_* and most of vit_*"
         )
     assert isinstance(model, VisionTransformer)
     assert config.stages is not None
@@ -337,11 +298,12 @@ def add_selector(model: nn.Module, config: SelectorConfig) -> nn.Module:
         problems.append("the model has no class token")
     if not isinstance(model.patch_drop, nn.Identity):
         problems.append("patch_drop_rate drops patches at random; leave it at 0")
-    if config.kind == "threshold" and model.global_pool != "token":
-        problems.append(f"global_pool is {model.global_pool!r}; the threshold selector needs 'token'")
-    if not all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
-        kind = type(model.blocks[0]).__name__
-        problems.append(f"the blocks are {kind}; selectors know timm's Block with Attention")
+    if config.kind == "threshold":
+        if model.global_pool != "token":
+            problems.append(f"global_pool is {model.global_pool!r}; the threshold selector needs 'token'")
+        if not all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
+            kind = type(model.blocks[0]).__name__
+            problems.append(f"the blocks are {kind}; the threshold selector knows timm's Block with Attention")
     if problems:
         raise ValueError("selector: " + "; ".join(problems))
 

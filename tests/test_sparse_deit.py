@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import SelectorConfig, create_model, resolve, token_selector, tokens_per_block
-from models.sparse_deit import _SelectsTokens, attend_present
+from models.sparse_deit import _SelectsTokens
 from models.token_selector import gather_tokens, top_k_indices
 
 TINY = {
@@ -250,68 +250,6 @@ def test_positions_of_later_stages_are_on_the_first_grid() -> None:
     kept = torch.stack(selection.kept(0))
     assert torch.equal(seen[0][:, :1], full[:, :1])
     assert torch.equal(seen[0][:, 1:], gather_tokens(full[:, 1:], kept))
-
-
-def test_presence_weighs_the_attention_to_a_token() -> None:
-    torch.manual_seed(0)
-    attn = tiny(None).blocks[0].attn.double()
-    query, key, value = torch.randn(3, 2, 7, 3, 8, dtype=torch.float64)  # [B, N, H, dh] each
-    presence = torch.rand(2, 7, dtype=torch.float64) + 0.1
-    logits = query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * 8**-0.5
-    weights = logits.exp() * presence[:, None, None]
-    expected = (weights / weights.sum(dim=-1, keepdim=True)) @ value.transpose(1, 2)
-    close(attend_present(attn, query, key, value, presence=presence), expected.transpose(1, 2), 1e-12)
-
-    # A token that is not present might as well not be there.
-    presence = torch.ones(2, 7, dtype=torch.float64)
-    presence[:, 4] = 1e-30
-    rest = [0, 1, 2, 3, 5, 6]
-    context = attend_present(attn, query, key, value, presence=presence)
-    q, k, v = (t.transpose(1, 2) for t in (query, key[:, rest], value[:, rest]))
-    close(context, F.scaled_dot_product_attention(q, k, v).transpose(1, 2), 1e-12)
-
-
-def test_the_gradient_of_a_kept_patch_says_what_it_is_worth() -> None:
-    """The loss with one patch less follows its gradient, where scaling the patch itself would say nothing."""
-    model = tiny({"keep_ratio": 1.0}).double().train()
-    x, targets = images(16).double(), torch.arange(16) % 5
-    tokens = model._pos_embed(model.patch_embed(x)).detach()
-
-    def loss(kept: list[int]) -> Tensor:
-        found = tokens[:, [0, *(1 + patch for patch in kept)]]
-        for block in model.blocks:
-            found = block(found)
-        return F.cross_entropy(model.forward_head(model.norm(found)), targets, reduction="none")
-
-    whole = loss(list(range(16)))
-    without = torch.stack([loss([p for p in range(16) if p != patch]) for patch in range(16)], dim=1)
-    worth = (without - whole[:, None]).detach()
-
-    class Chosen(nn.Module):
-        """All patches, and a factor to take the gradient by."""
-
-        stages, config = (0,), model.selector.config
-
-        def forward(self, patches: Tensor, stage: int) -> tuple[Tensor, Tensor]:
-            return torch.arange(16).expand(16, -1), factor
-
-    factor = torch.ones(16, 16, dtype=torch.float64, requires_grad=True)
-
-    def agreement() -> float:
-        assert factor.grad is not None
-        return torch.corrcoef(torch.stack([-factor.grad.flatten(), worth.flatten()]))[0, 1].item()
-
-    scaled = torch.cat([tokens[:, :1], tokens[:, 1:] * factor.unsqueeze(-1)], dim=1)
-    for block in model.blocks:
-        scaled = block(scaled)
-    F.cross_entropy(model.forward_head(model.norm(scaled)), targets, reduction="sum").backward()
-    by_scale = agreement()
-
-    factor.grad = None
-    found, _ = model._run_top_k(Chosen(), tokens)
-    F.cross_entropy(model.forward_head(model.norm(found)), targets, reduction="sum").backward()
-    by_presence = agreement()
-    assert by_presence > 0.7 > 0.4 > by_scale, (by_presence, by_scale)
 
 
 @pytest.mark.parametrize("selector", [{"keep_ratio": 0.4, "stages": (0, 2)}, THRESHOLD])

@@ -13,7 +13,7 @@ COMMANDS = {
     "train": "train a sparse Vision Transformer from a recipe",
     "evaluate": "accuracy of a sparse checkpoint",
     "export": "a sparse checkpoint in other formats",
-    "inspect": "what is in a sparse checkpoint",
+    "inspect": "what is in a sparse checkpoint or a run",
     "benchmark": "measure speed and memory",
 }
 
@@ -43,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
         print(f"sparse-trainer: error: unknown command {command!r}; {hint}", file=sys.stderr)
         return 2
-    return int(importlib.import_module(f"experiments.{command}").main(rest))
+    try:
+        module = importlib.import_module(f"experiments.{command}")
+    except KeyboardInterrupt:  # the libraries take seconds to load
+        return 130
+    return int(module.main(rest))
 
 
 if __name__ == "__main__":

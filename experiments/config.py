@@ -142,6 +142,9 @@ class OptimizerConfig:
     """For optimizers that have them; null for the optimizer's own."""
     eps: float | None = None
     """For optimizers that have it; null for the optimizer's own."""
+    threshold_lr_scale: float = 1.0
+    """Learning rate of a threshold selector's thresholds, over that of the rest. A threshold is about 0.003, and a
+    step of AdamW as long as the learning rate: with more than 1e-4, make this smaller."""
 
     def __post_init__(self) -> None:
         if self.betas is not None:
@@ -157,6 +160,7 @@ class OptimizerConfig:
             lambda v: v is None or (len(v) == 2 and all(0 <= beta < 1 for beta in v)),
         )
         check("eps", "a positive number or null", lambda v: v is None or v > 0)
+        check("threshold_lr_scale", "a positive number", lambda v: v > 0)
         check.done()
 
 
@@ -209,7 +213,7 @@ class TrainingConfig:
     eval_every: float = 1.0
     """Epochs (or a part of one) between evaluations."""
     checkpoint_every: float | None = None
-    """Epochs (or a part of one) between saves of checkpoints/last; null for one with every evaluation."""
+    """Epochs (or a part of one) between resume bundles; null for one with every evaluation. A new best has one too."""
     log_every: int = 50
     """Optimizer steps between the records of loss, learning rate and speed."""
     max_bad_steps: int = 20
@@ -239,10 +243,13 @@ class OutputConfig:
     """Folder that holds the run folders."""
     name: str | None = None
     """Name of the run folder; null for the recipe's, with a number if there is one of that name."""
+    keep_last: int = 2
+    """Resume bundles that are kept; the older ones are there in case the newest is damaged."""
 
     def __post_init__(self) -> None:
         check = _Checks(self)
         check("runs", "a folder", lambda v: bool(v))
+        check("keep_last", "a positive whole number", lambda v: v >= 1)
         check(
             "name",
             "a folder name (letters, digits, '.', '_', '-') or null",

@@ -14,8 +14,8 @@ from rich.table import Table
 from experiments.config import ConfigError
 from sparse_trainer.checkpoint import CheckpointError
 
-WRONG, INTERRUPTED = 2, 130
-"""Exit codes: what was asked for cannot be done; ended by Ctrl-C."""
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+"""Exit codes: it could not go on; what was asked for cannot be done; ended by Ctrl-C."""
 PLAIN_WIDTH = 110
 PLAIN_INTERVAL = 15.0
 """Seconds between progress lines where there is no terminal."""

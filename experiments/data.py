@@ -11,8 +11,9 @@ Names are opened in ``data_sources.py``, batches are made in ``data_batches.py``
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,6 +45,8 @@ from experiments.data_sources import ImageSource, StreamSource, UnreadableImage,
 
 __all__ = ["EMBEDDED", "Batch", "Data", "DataConfig", "Mixing", "create_data", "create_mixup"]
 
+_logger = logging.getLogger(__name__)
+
 GIB = 2**30
 
 
@@ -61,7 +64,7 @@ class Data:
     train_size: int  #: images
     eval_size: int
     path: str  #: "in memory on cpu", "timm loader, 2 workers"
-    corrupt_files: Mapping[str, str]  #: reason by name of each image that this process could not read; grows
+    corrupt_files: dict[str, str]  #: reason by name of each image that this process could not read; grows
 
     @property
     def num_classes(self) -> int:
@@ -124,7 +127,10 @@ def _train_transform(config: DataConfig, size: int, mean: tuple[float, ...]) -> 
 def _decode(
     config: DataConfig, source: ImageSource, shape: tuple[int, int, int], report: Report
 ) -> tuple[Tensor, Tensor]:
-    """All readable images as uint8 [N, C, S, S], and their classes, int64 [N]; ``shape`` is (C, S, S)."""
+    """All readable images as uint8 [N, C, S, S], and their classes, int64 [N]; ``shape`` is (C, S, S).
+
+    What one process cannot read, all leave out: they share out one order of the same images.
+    """
     if config.crop_pct == 1 and (plain := source.pixels(shape)) is not None:
         return plain, source.targets
     transform = _eval_transform(config, shape[-1])
@@ -139,14 +145,20 @@ def _decode(
 
     with ThreadPoolExecutor(max(1, min(config.workers, os.cpu_count() or 1))) as pool:
         failures = list(pool.map(one, range(len(source))))
-    unreadable = [failure for failure in failures if failure is not None]
-    if not unreadable:
-        return images, source.targets
+    good = torch.tensor([failure is None for failure in failures], dtype=torch.uint8)
+    told = torch.zeros_like(good)  # by the first process, of what it cannot read itself
+    if distributed.is_available() and distributed.is_initialized():
+        first = good.clone()
+        distributed.broadcast(first, src=0)
+        told = 1 - first if distributed.get_rank() > 0 else told
+        distributed.all_reduce(good, op=distributed.ReduceOp.MIN)
+    unreadable = [failure for failure, known in zip(failures, told, strict=True) if failure is not None and not known]
     report([(failure.name, failure.reason) for failure in unreadable])
-    if len(unreadable) == len(source):
-        raise ValueError(f"none of {len(source)} images can be read, the first is {unreadable[0]}")
-    good = torch.tensor([failure is None for failure in failures])
-    return images[good], source.targets[good]
+    if good.all():
+        return images, source.targets
+    if not good.any():
+        raise ValueError(f"none of {len(source)} images can be read, the first is {failures[0] or source.name(0)}")
+    return images[good.bool()], source.targets[good.bool()]
 
 
 def mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -186,7 +198,8 @@ def _check_batches(config: DataConfig, train_size: int, world_size: int) -> None
     if config.batch_size % world_size:
         problems.append(
             f"data.batch_size is {config.batch_size} over all processes together, and there are {world_size}; "
-            f"it must be a multiple of {world_size}, as {-(-config.batch_size // world_size) * world_size}"
+            f"it must be a multiple of {world_size}, as {-(-config.batch_size // world_size) * world_size}, or start "
+            f"{max(n for n in range(1, world_size) if config.batch_size % n == 0)} of them"
         )
     elif config.mixes and config.batch_size // world_size % 2:
         problems.append(
@@ -320,8 +333,23 @@ def _create_streamed(
             f"data.repeated_augmentation is {config.repeated_augmentation}; a streamed data set comes in its own "
             "order, set it to 1"
         )
+    readers = place.world_size * max(1, config.workers)
+    if train.shards is not None and train.shards < readers:
+        problems.append(
+            f"data.train_split has {train.shards} shards for {readers} readers ({place.world_size} processes, "
+            f"data.workers {config.workers}), and some would have nothing to read; at least {readers} are needed"
+        )
     if problems:
         raise ValueError("\n".join(problems))
+    if train.shards is not None and train.shards % readers and place.rank == 0:
+        _logger.warning(
+            "data.train_split: %d shards do not divide evenly over %d readers (%d processes, data.workers %d): in an "
+            "epoch some images come twice and others not at all",
+            train.shards,
+            readers,
+            place.world_size,
+            config.workers,
+        )
     _check_batches(config, train.size, place.world_size)
     assert config.image_size is not None
     channels = config.in_chans or 3
@@ -345,7 +373,7 @@ def _create_streamed(
 
 
 class Mixing:
-    """timm's mixup and cutmix with a draw that is pure in (seed, epoch, batch).
+    """timm's mixup and cutmix with a draw that is pure in (seed, epoch, batch) and the same on every process.
 
     timm mixes image i of a batch with image B - 1 - i and draws from NumPy's global state. Here neighbours (2 i,
     2 i + 1) are mixed, so that a process that holds a share of the batch makes the same pictures; and NumPy's
@@ -356,13 +384,14 @@ class Mixing:
         self.mixup, self.seed = mixup, seed
 
     def __call__(self, images: Tensor, targets: Tensor, *, epoch: int, batch: int) -> Batch:
-        """Mixed images [B, C, S, S] and soft targets float32 [B, classes]; in another order than they came, B even."""
+        """Mixed images [B, C, S, S] and soft targets float32 [B, classes], in the order in which they came; B even."""
         count = len(images)
-        neighbours = torch.cat((torch.arange(0, count, 2), torch.arange(count - 1, 0, -2))).to(
-            images.device, non_blocking=True
-        )
+        neighbours = torch.cat((torch.arange(0, count, 2), torch.arange(count - 1, 0, -2)))
+        back = neighbours.argsort().to(images.device, non_blocking=True)
+        neighbours = neighbours.to(images.device, non_blocking=True)
         with seeded(derive_seed(self.seed, MIX, epoch, batch)):
-            return self.mixup(images[neighbours], targets[neighbours])
+            mixed, soft = self.mixup(images[neighbours], targets[neighbours])
+        return mixed[back], soft[back]
 
 
 def create_mixup(config: DataConfig, num_classes: int, *, seed: int) -> Mixing | None:

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from experiments.augment import Augmentation, Draw, augment, draw, draw_noise, normalize
 from experiments.data_sources import ImageSource, StreamSource, UnreadableImage
+from experiments.stopping import leave_signals_to_parent
 
 _logger = logging.getLogger(__name__)
 
@@ -33,6 +34,11 @@ class TrainBatches(Protocol):
 
     @property
     def steps_per_epoch(self) -> int: ...
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What beside seed and epoch decides the order of the images: processes and workers, or zeros."""
+        ...
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """This process's share of the batches ``start``, ``start`` + 1, ... of an epoch."""
@@ -85,9 +91,12 @@ def epoch_order(count: int, batch_size: int, repeats: int, seed: int, epoch: int
 
 
 def share_of(count: int, place: Place) -> range:
-    """The numbers of ``count`` images that this process evaluates: each one on exactly one process."""
+    """The numbers of ``count`` images that this process evaluates: each one on exactly one process.
+
+    The first process has one if any has.
+    """
     rank, world_size = place.rank, place.world_size
-    return range(count * rank // world_size, count * (rank + 1) // world_size)
+    return range(-(-count * rank // world_size), -(-count * (rank + 1) // world_size))
 
 
 class Finish:
@@ -114,6 +123,8 @@ class Finish:
 
 class MemoryTrain:
     """Training images held as bytes on the device: uint8 [N, C, S, S]."""
+
+    order = (0, 0)
 
     def __init__(self, images: Tensor, targets: Tensor, finish: Finish, repeats: int) -> None:
         self.images, self.targets, self.finish, self.repeats = images, targets, finish, repeats
@@ -242,6 +253,7 @@ def _loader(dataset: Any, workers: int, device: torch.device, seed: int, **optio
         num_workers=workers,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator().manual_seed(seed),
         **options,
     )
@@ -262,6 +274,8 @@ class Report:
 
 class LoaderTrain:
     """Training images decoded by worker processes, batch by batch."""
+
+    order = (0, 0)
 
     def __init__(
         self,
@@ -345,6 +359,7 @@ class StreamTrain:
     def __init__(self, source: StreamSource, transform: Callable[[Any], Any], finish: Finish, workers: int) -> None:
         self.source, self.transform, self.finish, self.workers = source, transform, finish, workers
         self.steps_per_epoch = source.size // finish.batch_size
+        self.order = (finish.place.world_size, workers)
 
     def batches(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         finish, place = self.finish, self.finish.place

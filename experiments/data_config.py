@@ -12,6 +12,7 @@ from experiments.augment import Augmentation
 EMBEDDED = "fashion-mnist-10k"
 FOLDER_NAMES = ("", "folder")
 LIBRARY_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
+STREAMED_PREFIXES = ("hfids", "tfds", "wds")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class DataConfig:
     train_split: str = "train"
     eval_split: str = "validation"
     """Name of the part to evaluate on: a folder or tar under ``root``, or a split of the library's data set."""
+    input_key: str | None = None
+    """Where the image is in a record of hfds, hfids, tfds or wds data; null for the column image (in shards jpg, png or
+    webp)."""
+    target_key: str | None = None
+    """Where the class is in such a record; null for the column label (in shards cls)."""
     download: bool = False
     """Let torchvision or the data set's own library download what is missing."""
     num_classes: int | None = None
@@ -106,6 +112,11 @@ class DataConfig:
         )
 
     @property
+    def streams(self) -> bool:
+        """Whether the images come in a row only, and cannot be cut to a subset."""
+        return "/" in self.dataset and self.dataset.split("/")[0].lower() in STREAMED_PREFIXES
+
+    @property
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
 
@@ -176,6 +187,11 @@ class DataConfig:
             problems.append(f"data.dataset is {name!r}{hint}; it must be one of {', '.join(forms)}")
         elif self.root is None and (name in FOLDER_NAMES or prefix in ("torch", "wds")):
             problems.append(f"data.dataset {name!r} needs data.root, the folder of the data")
+        for key in ("input_key", "target_key"):
+            if getattr(self, key) is not None and not (is_library and prefix != "torch"):
+                problems.append(
+                    f"data.{key} is {getattr(self, key)!r}, but images of {name!r} are no records; leave it out"
+                )
         for key in ("train_split", "eval_split"):
             if not getattr(self, key):
                 problems.append(f"data.{key} is empty; it must name a folder under data.root, or a split")

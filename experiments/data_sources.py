@@ -74,7 +74,7 @@ class ImageSource:
         if isinstance(self.dataset, ReaderImageInTar):
             member, shard, _ = self.dataset.samples[number]
             return f"{os.path.join(self.dataset.root, shard) if shard else self.dataset.root}/{member.name}"
-        if hasattr(self.dataset, "filename"):
+        if _is_reader(self.dataset):
             return str(self.dataset.filename(number, absolute=True) or f"image {number}")
         if hasattr(self.dataset, "samples"):
             return str(self.dataset.samples[number][0])
@@ -101,6 +101,7 @@ class StreamSource:
     training: bool
     class_names: tuple[str, ...]
     size: int  #: images, as the data set says
+    shards: int | None = None  #: files that are shared out whole over processes and workers (WebDataset)
 
     def open(self, batch_size: int, seed: int) -> timm.data.IterableImageDataset:
         """timm's stream. ``batch_size`` and ``seed`` decide how it is cut and shuffled."""
@@ -115,6 +116,11 @@ class StreamSource:
         )
 
 
+def _is_reader(dataset: Any) -> bool:
+    """Whether it is one of timm's, whose images are open files. In torchvision's CIFAR-10 ``filename`` is a text."""
+    return callable(getattr(dataset, "filename", None))
+
+
 @contextmanager
 def _opened(dataset: Any, number: int) -> Iterator[Image.Image]:
     """The image with its file, both closed at the end."""
@@ -123,7 +129,7 @@ def _opened(dataset: Any, number: int) -> Iterator[Image.Image]:
     elif isinstance(dataset, ReaderImageInTar):
         with Image.open(io.BytesIO(_read_tar_member(dataset, number))) as image:
             yield image
-    elif hasattr(dataset, "class_to_idx") and hasattr(dataset, "filename"):
+    elif _is_reader(dataset):
         file = dataset[number][0]
         with file, Image.open(file) as image:
             yield image
@@ -159,9 +165,10 @@ def _embedded(split: str) -> ImageSource:
 
 def _create(config: DataConfig, split: str, **options: Any) -> Any:
     """timm's ``create_dataset``, whose many kinds of failure become one."""
+    keys = {key: getattr(config, key) for key in ("input_key", "target_key") if getattr(config, key) is not None}
     try:
         return timm.data.create_dataset(
-            config.dataset, root=config.root, split=split, download=config.download, **options
+            config.dataset, root=config.root, split=split, download=config.download, **keys, **options
         )
     except ImportError as error:
         package = {
@@ -255,16 +262,32 @@ def _torch(config: DataConfig, key: str, split: str) -> ImageSource:
     return ImageSource(dataset, targets, tuple(map(str, names)), torch.arange(len(targets)))
 
 
+def _check_columns(config: DataConfig, reader: Any) -> None:
+    """Refuse columns that are not there; where the image's is missing, timm makes an empty one."""
+    record: dict[str, Any] = next(iter(reader.dataset), {})
+    there = [name for name, value in record.items() if value is not None]
+    for key, column in (("input_key", reader.image_key), ("target_key", reader.label_key)):
+        if record and column not in there:
+            raise ValueError(
+                f"data.{key} is {getattr(config, key) or 'null'}, but {config.dataset!r} has no column {column!r}; it "
+                f"has {', '.join(there)}"
+            )
+
+
 def _library(config: DataConfig, key: str, split: str, training: bool) -> ImageSource | StreamSource:
-    dataset = _create(config, split, **({} if config.dataset.startswith("hfds/") else {"is_training": training}))
+    in_memory = config.dataset.lower().startswith("hfds/")
+    dataset = _create(config, split, **({} if in_memory else {"is_training": training}))
     reader = dataset.reader
+    if in_memory:
+        _check_columns(config, reader)
     class_to_index = getattr(reader, "class_to_idx", None) or {}
     names = tuple(str(name) for name in sorted(class_to_index, key=class_to_index.__getitem__))
     if not names and config.num_classes is None:
         raise ValueError(f"data.dataset {config.dataset!r} does not say its classes; set data.num_classes")
     names = names or tuple(map(str, range(config.num_classes or 0)))
     if isinstance(dataset, timm.data.IterableImageDataset):
-        return StreamSource(config, split, training, names, reader.num_samples or len(dataset))
+        shards = len(reader.split_info.filenames) if config.dataset.lower().startswith("wds/") else None
+        return StreamSource(config, split, training, names, reader.num_samples or len(dataset), shards)
     targets = torch.tensor(list(reader.dataset[reader.label_key]))
     return ImageSource(reader, targets, names, torch.arange(len(targets)))
 

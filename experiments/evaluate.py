@@ -29,7 +29,7 @@ from experiments.console import create_console, print_table, run_command
 from experiments.data import Data, DataConfig, create_data
 from experiments.metrics import Measured, count_used, describe_tokens, measure, precision_context
 from models import create_model
-from sparse_trainer.checkpoint import SparseInfo, load_sparse, load_sparse_masks, read_info
+from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_sparse, load_sparse_masks, read_info
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -80,7 +80,7 @@ def open_eval_data(config: DataConfig, info: SparseInfo, device: str) -> Data:
         mean=info.mean,
         std=info.std,
         # Nothing is trained: of the training images only their classes matter.
-        train_subset=len(classes) if classes else None,
+        train_subset=len(classes) if classes and not config.streams else None,
         batch_size=1,
         repeated_augmentation=1,
         mixup=0.0,
@@ -119,15 +119,26 @@ def evaluate(path: Path, data_config: DataConfig, *, device: torch.device, amp: 
         amp: float32, bfloat16 or float16.
 
     Raises:
-        CheckpointError: the file is damaged, or none.
+        CheckpointError: the file is damaged, or none, or its network cannot run.
         ConfigError: the images are missing, or of other classes than the model's.
     """
     info = read_info(path)
     model = load_sparse(path, create_model=create_model, device=device)
     data = open_eval_data(data_config, info, str(device))
+    classes = getattr(model, "num_classes", data.num_classes)
+    if classes != data.num_classes:
+        raise ConfigError(
+            f"data.dataset: {data_config.dataset!r} has {data.num_classes} classes, the checkpoint knows {classes}; "
+            "choose the data that it was trained on"
+        )
     started = time.perf_counter()
     with naming("data"):
-        measured = measure(model, data.eval, precision_context(device, amp))
+        try:
+            measured = measure(model, data.eval, precision_context(device, amp))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # its parts agree, but they are not those of a network
+            raise CheckpointError(f"{path}: its network cannot run: {str(error).splitlines()[0][:300]}") from error
     seconds = time.perf_counter() - started
     macs = float(info.macs)
     histogram: dict[str, dict[str, int]] = {}

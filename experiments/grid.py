@@ -112,8 +112,7 @@ def run_one(grid: Grid, entry: str, seed: int, runs: Path, threads: int, extra: 
             file.write_text(yaml.safe_dump(dict(content)).replace("{seed}", str(seed)), encoding="utf-8")
             command += ["--config", str(file)]
     command += ["--training.seed", str(seed), "--output.runs", str(runs), "--output.name", folder.name, *extra]
-    if (folder / "checkpoints").is_dir():
-        command += ["--resume", "auto"]
+    command += ["--resume", "auto"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with open(runs / f"{folder.name}.log", "a", encoding="utf-8") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode

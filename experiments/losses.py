@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -24,8 +26,16 @@ def create_loss(data: DataConfig) -> nn.Module:
     return nn.CrossEntropyLoss(label_smoothing=data.label_smoothing)
 
 
-def macs_loss(selection: Selection, model: nn.Module, target: float, dense_macs: float) -> Tensor:
+def macs_loss(
+    selection: Selection,
+    model: nn.Module,
+    target: float,
+    dense_macs: float,
+    over_processes: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """``|mean MACs of the batch - target * dense MACs|`` in GMACs, a scalar (AS-ViT, arXiv 2209.13802).
+
+    The batch is that of all processes; batches that are accumulated to one step have a distance each.
 
     What counts is what is computed: live heads and neurons and kept tokens. Zeros among the weights save nothing
     here, as they save no time.
@@ -36,10 +46,13 @@ def macs_loss(selection: Selection, model: nn.Module, target: float, dense_macs:
         target: share of ``dense_macs``.
         dense_macs: MACs of one image in the dense network: all heads and neurons, all tokens, no selector. So a
             target means the same whatever else is made smaller.
+        over_processes: turns this process's mean into that of all (:meth:`experiments.processes.Processes.mean`).
     """
     tokens = tokens_per_block(selection, len(find_blocks(model)))
     # In GMACs from the start: 1e9 and its square would leave float32 few digits.
     mean = (model_macs(model, tokens) / 1e9).mean()
+    if over_processes is not None:
+        mean = over_processes(mean)
     return (mean - target * dense_macs / 1e9).abs()
 
 

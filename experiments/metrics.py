@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from experiments.data_batches import EvalBatches
+from experiments.processes import ALONE, Processes
 from models import tokens_per_block
 from models.token_selector import TopKSelector, kept_count
 from sparse_trainer.flops import Count, count
@@ -89,7 +89,7 @@ class Measured:
 
     metrics: dict[str, float]  #: ``top1`` and ``top5`` in percent, ``loss``, ``images``; ``tokens_kept/<block>``
     tokens: TokenUse | None  #: None without a selector
-    kept: Tensor | None  #: patches kept ``[N, stages]`` of each image that this process saw
+    kept: Tensor | None  #: patches kept ``[N, stages]`` of each image, whichever process saw it
 
 
 def count_used(
@@ -120,11 +120,27 @@ def count_used(
     )
 
 
+class MeasuringStopped(Exception):
+    """Someone asked to end before all images were seen."""
+
+
 @torch.inference_mode()
-def measure(model: nn.Module, batches: EvalBatches, autocast: Autocast) -> Measured:
+def measure(
+    model: nn.Module,
+    batches: EvalBatches,
+    autocast: Autocast,
+    processes: Processes = ALONE,
+    stop: Callable[[], bool] = lambda: False,
+) -> Measured:
     """Accuracy, loss and kept tokens over all images, each counted once over all processes.
 
+    Every process ends with the same numbers, one that has no image too.
+
+    Args:
+        stop: asked before each batch whether to leave it at that.
+
     Raises:
+        MeasuringStopped: on all processes, if ``stop`` said so on any.
         ValueError: there was no image.
     """
     was_training = model.training
@@ -134,7 +150,11 @@ def measure(model: nn.Module, batches: EvalBatches, autocast: Autocast) -> Measu
     stages: tuple[int, ...] = selector.stages if selector is not None else ()
     total: Tensor | None = None
     kept: list[Tensor] = []
+    stopped = False
     for images, targets in batches.batches():
+        if stop():
+            stopped = True
+            break
         with autocast():
             logits, selection = model(images, return_selection=True) if selector is not None else (model(images), None)
         sums = [count_correct(logits, targets)]
@@ -147,9 +167,9 @@ def measure(model: nn.Module, batches: EvalBatches, autocast: Autocast) -> Measu
     if total is None:
         size = 4 + len(stages) + 2 * depth
         total = torch.zeros(size, dtype=torch.float64, device=next(model.parameters()).device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(total)
-    images_seen, *sums_seen = total.tolist()
+    stops, images_seen, *sums_seen = processes.sum(torch.cat([total.new_full((1,), stopped), total])).tolist()
+    if stops:
+        raise MeasuringStopped
     if images_seen == 0:
         raise ValueError("data.eval_split: there is no image to evaluate on")
     loss, top1, top5, *token_sums = sums_seen
@@ -169,4 +189,5 @@ def measure(model: nn.Module, batches: EvalBatches, autocast: Autocast) -> Measu
         mean=tuple(means[len(stages) : len(stages) + depth]),
         mean_square=tuple(means[len(stages) + depth :]),
     )
-    return Measured({**metrics, **use.metrics()}, use, torch.cat(kept) if kept else None)
+    own = torch.cat(kept) if kept else torch.empty(0, len(stages), dtype=torch.int64, device=total.device)
+    return Measured({**metrics, **use.metrics()}, use, processes.rows(own))

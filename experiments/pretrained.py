@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ def find_checkpoint(where: str, key: str) -> Path:
             raise ConfigError(
                 f"{key}: {where} holds no {path.name}; give the folder of a finished run, or a sparse checkpoint"
             )
-    if not path.is_file():
+    if not os.path.lexists(path):  # what it is if no file, its reader says
         raise ConfigError(f"{key}: there is no {where}; give the folder of a finished run, or a sparse checkpoint")
     return path
 

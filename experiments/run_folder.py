@@ -1,19 +1,27 @@
-"""Where a run writes: its folder, and one writer for TensorBoard and ``metrics.jsonl``."""
+"""Where a run writes: its folder, its checkpoints, and how to find them again.
+
+A process may be killed between any two system calls. So every file is written whole under another name and then
+renamed, and what is newest is told by the step in its name: no second file has to agree with it.
+"""
 
 from __future__ import annotations
 
-import json
-import math
+import contextlib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 
 from experiments.config import ConfigError, OutputConfig, load_config
+from sparse_trainer.whole_file import sync_folder
+
+_BUNDLE_NAME = re.compile(r"step_(\d{8,})\.resume")
+_OLD_BUNDLE = "last.resume"
+"""What version 0.1.0 called its only one."""
+_TEMPORARY = ".*.tmp"
+_OWN = {"config.yaml", "checkpoints", "masks", "metrics.jsonl", "tensorboard"}
+"""What a run has before it saves for the first time."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +37,6 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
-
-    @property
-    def last(self) -> Path:
-        """Resume bundle of the last step that was saved."""
-        return self.checkpoints / "last.resume"
 
     @property
     def best(self) -> Path:
@@ -52,6 +55,57 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    def bundle(self, step: int) -> Path:
+        """Resume bundle of the state after ``step`` steps."""
+        return self.checkpoints / f"step_{step:08d}.resume"
+
+    def bundles(self) -> list[Path]:
+        """The resume bundles that are there, the newest first."""
+        return [path for _, path in sorted(self._numbered(), reverse=True)]
+
+    def _numbered(self) -> Iterator[tuple[int, Path]]:
+        try:
+            names = os.listdir(self.checkpoints)
+        except OSError:
+            return
+        for name in names:
+            match = _BUNDLE_NAME.fullmatch(name)
+            if match is not None:
+                yield int(match[1]), self.checkpoints / name
+            elif name == _OLD_BUNDLE:
+                yield -1, self.checkpoints / name
+
+    def prune_bundles(self, keep: int) -> None:
+        """Delete all but the newest ``keep`` resume bundles."""
+        for path in self.bundles()[keep:]:
+            path.unlink(missing_ok=True)
+
+    def set_aside_bundles(self, after: int) -> None:
+        """Rename the bundles of later steps than ``after``: damaged ones, which the run is about to write again."""
+        for step, path in self._numbered():
+            if step > after:
+                path.replace(path.with_name(f"{path.name}.damaged"))
+
+    def sync(self) -> None:
+        """Make durable what was made in the folder, and the folder itself."""
+        sync_folder(self.path)
+        sync_folder(self.path.parent)
+
+    def clean(self) -> None:
+        """Delete what a killed process left half-written."""
+        for folder in (self.path, self.checkpoints):
+            for path in folder.glob(_TEMPORARY):
+                path.unlink(missing_ok=True)
+
+    @property
+    def begins(self) -> bool:
+        """Whether here is a run that ended before it saved anything, and nothing else; then it begins once more."""
+        try:
+            here = {path.name for path in self.path.iterdir() if not path.match(_TEMPORARY)}
+        except OSError:
+            return False
+        return here <= _OWN and not self.bundles() and not self.best.exists()
 
 
 def create_run_folder(output: OutputConfig, recipe: str) -> RunFolder:
@@ -73,9 +127,7 @@ def create_run_folder(output: OutputConfig, recipe: str) -> RunFolder:
             ) from error
         except OSError as error:
             raise ConfigError(f"output.runs: cannot make {path}: {error.strerror or error}") from error
-        folder = RunFolder(path)
-        folder.checkpoints.mkdir()
-        return folder
+        return RunFolder(path)
     raise ConfigError(f"output.runs: {output.runs} has too many runs called {name}; set output.name")
 
 
@@ -83,28 +135,40 @@ def find_run(where: str, output: OutputConfig, recipe: str | None) -> RunFolder 
     """The run that ``--resume`` means.
 
     Args:
-        where: a run folder, its ``last.resume``, or "auto": the run called ``output.name``, else the newest one of
-            that recipe (of any, if it is None) that has a checkpoint.
+        where: a run folder, one of its resume bundles, or "auto": the run called ``output.name``, else the newest one
+            of that recipe (of any, if it is None) that has a bundle.
 
     Returns:
-        None if it is "auto" and there is none.
+        None if it is "auto" and there is none. The run may have no bundle yet (:attr:`RunFolder.begins`).
 
     Raises:
-        ConfigError: there is no such checkpoint.
+        ConfigError: there is nothing to go on with.
     """
     if where != "auto":
         path = Path(where)
         folder = RunFolder(path.parent.parent if path.is_file() else path)
-        if not folder.last.is_file() or (path.is_file() and path.resolve() != folder.last.resolve()):
-            raise ConfigError(f"--resume: {where} holds no checkpoints/last.resume; give the folder of a run, or auto")
+        bundles = folder.bundles()
+        if not bundles and not (folder.begins and folder.config.is_file()):
+            raise ConfigError(
+                f"--resume: {where} holds no checkpoints/step_*.resume; give the folder of a run, or auto"
+            )
+        if path.is_file() and path.resolve() != bundles[0].resolve():
+            raise ConfigError(
+                f"--resume: {where} is not the newest of its run, which is {bundles[0]}; give the folder {folder.path} "
+                "to go on from that"
+            )
         return folder
     if output.name is not None:
         folder = RunFolder(Path(output.runs) / output.name)
-        return folder if folder.last.is_file() else None
-    checkpoints = Path(output.runs).glob("*/checkpoints/last.resume")
-    for checkpoint in sorted(checkpoints, key=lambda path: path.stat().st_mtime, reverse=True):
-        folder = RunFolder(checkpoint.parent.parent)
-        if recipe is None or _recipe_of(folder) == recipe:
+        return folder if folder.bundles() or folder.begins else None
+    newest: dict[Path, float] = {}
+    for bundle in Path(output.runs).glob("*/checkpoints/*.resume"):
+        with contextlib.suppress(OSError):
+            folder_path = bundle.parent.parent
+            newest[folder_path] = max(newest.get(folder_path, 0.0), bundle.stat().st_mtime)
+    for folder_path in sorted(newest, key=newest.__getitem__, reverse=True):
+        folder = RunFolder(folder_path)
+        if folder.bundles() and (recipe is None or _recipe_of(folder) == recipe):
             return folder
     return None
 
@@ -114,76 +178,3 @@ def _recipe_of(folder: RunFolder) -> str | None:
         return load_config(folder.config).recipe
     except ConfigError:
         return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-class MetricsWriter(SummaryWriter):
-    """A TensorBoard writer that also keeps every scalar in ``metrics.jsonl``.
-
-    Numbers of one step make one line, ``{"step": 50, "train/loss": 1.9, ...}``. Images and histograms go to
-    TensorBoard alone.
-
-    Args:
-        folder: the run.
-        step: where the run goes on; what TensorBoard knows of later steps is hidden.
-        size: bytes of ``metrics.jsonl`` that are kept; later lines belong to steps that are run again.
-    """
-
-    def __init__(self, folder: RunFolder, *, step: int = 0, size: int = 0) -> None:
-        super().__init__(str(folder.tensorboard), purge_step=step + 1 if step else None)
-        self._metrics = open(folder.metrics, "ab")  # noqa: SIM115
-        self._metrics.truncate(min(size, self._metrics.tell()))
-        self._step = step
-        self._line: dict[str, float] = {}
-
-    def add_scalar(self, tag: str, scalar_value: Any, global_step: Any = None, *args: Any, **kwargs: Any) -> None:
-        """One number. NaN and infinity, which JSON cannot hold, are null in ``metrics.jsonl``."""
-        if global_step != self._step:
-            self._end_line()
-            self._step = global_step
-        number = float(scalar_value)
-        super().add_scalar(tag, number, global_step, *args, **kwargs)
-        self._line[tag] = int(number) if number.is_integer() else number
-
-    def add_numbers(self, values: Mapping[str, float], step: int) -> None:
-        """Several numbers of one step, by tag."""
-        for tag, value in values.items():
-            self.add_scalar(tag, value, step)
-
-    def add_settings(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """The run's settings for TensorBoard's HPARAMS page; beside them it shows the last value of each metric.
-
-        Args:
-            metrics: by the tags under which they were added.
-        """
-        plain = {key: value if isinstance(value, bool | int | float) else str(value) for key, value in settings.items()}
-        for summary in hparams(plain, dict(metrics)):
-            self._get_file_writer().add_summary(summary)
-
-    def sync(self) -> int:
-        """Bring everything to the disk; returns the bytes of ``metrics.jsonl``."""
-        self._end_line()
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
-        self.flush()
-        return self._metrics.tell()
-
-    def close(self) -> None:
-        self.sync()
-        self._metrics.close()
-        super().close()
-
-    def _end_line(self) -> None:
-        if self._line:
-            values = {tag: value if math.isfinite(value) else None for tag, value in self._line.items()}
-            self._metrics.write(json.dumps({"step": self._step, **values}).encode() + b"\n")
-            self._line = {}

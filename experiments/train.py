@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
 from experiments.config import ConfigError, RunConfig, create_parser, naming, parse, resolve, to_yaml
-from experiments.console import Display, create_console, print_table
+from experiments.console import FAILED, WRONG, Display, create_console, print_table
 from experiments.data import Data, create_data
-from experiments.loop import Loop, Stopped, describe, stop_on_interrupt
+from experiments.loop import Loop, Stopped, describe
 from experiments.metrics import describe_tokens
-from experiments.run_folder import RunFolder, create_run_folder, find_run, write_text
+from experiments.processes import ALONE, Processes, join_processes
+from experiments.run_folder import RunFolder, create_run_folder, find_run
+from experiments.stopping import StoppedAtOnce, StopRequest, exit_code, stop_on_signals
+from experiments.together import FailedElsewhere, speaks, together
 from experiments.training import Trainer, TrainingError
 from sparse_trainer.checkpoint import CheckpointError
+from sparse_trainer.whole_file import write_atomically
 
-FAILED, WRONG, INTERRUPTED = 1, 2, 130
-"""Exit codes: the run could not go on; what was asked for cannot be done; ended by Ctrl-C."""
+EXIT_CODES = """\
+exit codes: 0 the run is complete; 1 it could not go on (full disk, no finite loss, ...); 2 what was asked for cannot
+be done; 130 ended by Ctrl-C (SIGINT), 143 by SIGTERM, 138 by SIGUSR1. A signal lets the step end and everything be
+saved; a second Ctrl-C ends the run at once. Go on with --resume."""
+LOST = re.compile("gloo|NCCL|[Cc]onnection (closed|reset|refused)|TCPStore")
+"""In the message of an error: another process is gone."""
+ALONE_NOW = "another process has ended, and this one cannot go on without it; if it says nothing itself, it was killed"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -32,27 +45,86 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="run folder to go on with, or auto: the run called output.name, else the newest (of the recipe named by "
         "--config, if there is one); with auto and none to go on with, a new run starts",
     )
+    parser.epilog = EXIT_CODES
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
+    with stop_on_signals() as stop:
+        try:
+            request = _Request(arguments)
+            with join_processes(request.device) as processes:
+                return _run(request, processes, stop)
+        except ConfigError as error:  # of the meeting itself
+            return _say(error, WRONG, ALONE)
+        except StoppedAtOnce as stopped:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"sparse-trainer train: {stopped}{stopped.hint}", file=sys.stderr)
+            return exit_code(stopped.number)
+
+
+def _run(request: _Request, processes: Processes, stop: StopRequest) -> int:
+    """Train, with every error turned into one line and an exit code."""
     try:
-        config, folder = read_command_line(arguments)
-        return train(config, folder, create_console())
+        return train(request, processes, stop)
+    except FailedElsewhere:
+        return FAILED
     except (ConfigError, CheckpointError) as error:
-        return _say(error, WRONG)
+        return _say(error, WRONG, processes)
     except (TrainingError, OSError) as error:
-        return _say(error, FAILED)
+        return _say(error, FAILED, processes)
     except torch.OutOfMemoryError as error:
         advice = "a smaller data.batch_size needs less memory; a greater training.accumulate makes up for it"
-        return _say(f"{str(error).splitlines()[0]} {advice}", FAILED)
-    except KeyboardInterrupt:
-        return _say("stopped at once", INTERRUPTED)
+        return _say(f"{str(error).splitlines()[0]} {advice}", FAILED, processes)
+    except RuntimeError as error:
+        if not _is_lost(error, processes):
+            raise
+        return _say(ALONE_NOW, FAILED, processes)
 
 
-def _say(error: object, code: int) -> int:
-    print(f"sparse-trainer train: error: {' '.join(str(error).split())}", file=sys.stderr)
+def _is_lost(error: RuntimeError, processes: Processes) -> bool:
+    """Whether ``error`` means that another process is gone."""
+    return processes.size > 1 and LOST.search(str(error)) is not None
+
+
+def _say(error: object, code: int, processes: Processes) -> int:
+    """Print one line; what all processes met only the first one says."""
+    if processes.is_main or speaks(processes):
+        who = "" if processes.is_main else f"process {processes.rank} of {processes.size}: "
+        print(f"sparse-trainer train: error: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if processes.is_main:
+        speaks(processes)  # they wait to hear whether it does
     return code
+
+
+class _Request:
+    """What the command line asks for. What is wrong with it is kept until all processes have met."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = arguments
+        self.error: ConfigError | None = None
+        self.device = "cpu"
+        try:
+            self.config, self.folder = read_command_line(arguments)
+            self.device = self.config.training.device
+        except ConfigError as error:
+            self.error = error
+
+    def agree(self, processes: Processes) -> tuple[RunConfig, RunFolder | None]:
+        """The configuration, and the run to go on with, which is the one that the first process found.
+
+        Raises:
+            ConfigError: in one line.
+        """
+        with together(processes):
+            if self.error is not None:
+                raise self.error
+        path = processes.share(str(self.folder.path) if self.folder is not None else None)
+        with together(processes):
+            if path != (str(self.folder.path) if self.folder is not None else None):
+                self.folder = RunFolder(Path(path)) if path is not None else None
+                self.config = configure(self.arguments, self.folder)
+        return self.config, self.folder
 
 
 def read_command_line(arguments: Sequence[str]) -> tuple[RunConfig, RunFolder | None]:
@@ -64,51 +136,117 @@ def read_command_line(arguments: Sequence[str]) -> tuple[RunConfig, RunFolder | 
     parser = create_parser("train")
     add_arguments(parser)
     config, parsed = parse(parser, arguments)
-    folder = None
-    if parsed.resume is not None:
-        named = any(argument == "--config" or argument.startswith("--config=") for argument in arguments)
-        folder = find_run(parsed.resume, config.output, config.recipe if named else None)
-        if folder is not None and not named:
-            config, _ = parse(parser, arguments, base=folder.config)
-    return resolve(config), folder
+    if parsed.resume is None:
+        return resolve(config), None
+    folder = find_run(parsed.resume, config.output, config.recipe if _names_config(arguments) else None)
+    return configure(arguments, folder), folder
 
 
-def train(config: RunConfig, resumed: RunFolder | None, console: Console) -> int:
-    """Train from the beginning, or from the last checkpoint of ``resumed``."""
-    data = _open_data(config)
-    trainer = Trainer(config, data, resuming=resumed is not None)
+def configure(arguments: Sequence[str], folder: RunFolder | None) -> RunConfig:
+    """The resolved configuration: that of the run to go on with, unless the command line names another.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    parser = create_parser("train")
+    add_arguments(parser)
+    own = folder is not None and folder.config.is_file() and not _names_config(arguments)
+    config, _ = parse(parser, arguments, base=folder.config if folder is not None and own else None)
+    return resolve(config)
+
+
+def _names_config(arguments: Sequence[str]) -> bool:
+    return any(argument == "--config" or argument.startswith("--config=") for argument in arguments)
+
+
+def train(request: _Request, processes: Processes, stop: StopRequest) -> int:
+    """Train from the beginning, or from the newest checkpoint of the run to go on with."""
+    console = create_console() if processes.is_main else Console(quiet=True, force_terminal=False)
+    config, found = request.agree(processes)
+    # What fails from here to the loop fails on all processes, or ends this one and with it the others.
+    data = _open_data(config, processes)
+    resuming = processes.share(found is not None and bool(found.bundles()))
+    trainer = Trainer(config, data, processes, resuming=resuming)
     with naming("model"):
         describe(trainer, {})  # what no checkpoint can hold is refused now, not after the training
-    folder = resumed or create_run_folder(config.output, config.recipe)
-    loop = Loop(trainer, folder)
-    if resumed is not None:
-        loop.resume()
-        console.print(f"resuming {folder.path} at step {trainer.tried:,}", soft_wrap=True)
-    else:
-        write_text(folder.config, to_yaml(_unnamed(config)))
-    if trainer.finished and folder.sparse.is_file():
+    loop = _open_run(config, trainer, found, resuming)
+    folder = loop.folder
+    if resuming:
+        console.print(f"resuming {folder.path} at step {trainer.tried:,}", soft_wrap=True, markup=False)
+    elif found is not None:
+        console.print(f"{folder.path} ended before its first step; it begins anew", soft_wrap=True, markup=False)
+    if loop.complete:
         console.print("the run is complete", soft_wrap=True)
         _conclude(loop, console)
         return 0
     _introduce(trainer, folder, console)
     try:
-        with stop_on_interrupt() as stop, Display(console, trainer.plan.total_steps, trainer.tried) as display:
+        with Display(console, trainer.plan.total_steps, trainer.tried) as display:
             loop.run(display, stop)
-    except Stopped:
+    except Stopped as stopped:
         console.print(
-            f"stopped after step {trainer.tried:,} of {trainer.plan.total_steps:,}; everything is saved. Go on with:\n"
-            f"  sparse-trainer train --resume {folder.path}",
+            f"stopped by {stopped} after step {trainer.tried:,} of {trainer.plan.total_steps:,}; everything is saved. "
+            f"Go on with:\n  {resume_command(folder, processes)}",
             soft_wrap=True,
+            markup=False,
         )
-        return INTERRUPTED
+        return exit_code(stopped.number)
+    except StoppedAtOnce as stopped:
+        stopped.hint = _saved(loop)
+        raise
+    except RuntimeError as error:
+        lost = not isinstance(error, TrainingError) and _is_lost(error, processes)
+        if lost or isinstance(error, TrainingError):
+            raise TrainingError(f"{ALONE_NOW if lost else error}{_saved(loop)}") from error
+        raise
     _conclude(loop, console)
     return 0
 
 
-def _open_data(config: RunConfig) -> Data:
+def _open_run(config: RunConfig, trainer: Trainer, found: RunFolder | None, resuming: bool) -> Loop:
+    """The loop over a new run, or over the one that was found, with its state."""
+    processes = trainer.processes
+    folder = found
+    with together(processes):
+        if processes.is_main and not resuming:
+            folder = found or create_run_folder(config.output, config.recipe)
+            write_atomically(folder.config, [to_yaml(_unnamed(config)).encode()])
+    loop = Loop(trainer, RunFolder(Path(processes.share(str(folder.path) if folder is not None else None))))
+    if resuming:
+        loop.resume()
+    return loop
+
+
+def _saved(loop: Loop) -> str:
+    """What a run that ends early leaves, for the end of a sentence."""
+    if loop.saved is None:
+        return ""
+    return f"; go on from step {loop.saved:,} with {resume_command(loop.folder, loop.processes)}"
+
+
+def resume_command(folder: RunFolder, processes: Processes) -> str:
+    """The command line that goes on with a run."""
+    path = shlex.quote(str(folder.path))
+    if processes.size == 1:
+        return f"sparse-trainer train --resume {path}"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size))
+    machines = f"--nnodes {processes.size // here} --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
+    return (
+        f"torchrun {machines if here < processes.size else ''}--nproc-per-node {here} -m experiments train "
+        f"--resume {path}"
+    )
+
+
+def _open_data(config: RunConfig, processes: Processes) -> Data:
     with naming("data"):
         try:
-            return create_data(config.data, device=config.training.device, seed=config.training.seed)
+            return create_data(
+                config.data,
+                device=processes.device(config.training.device),
+                seed=config.training.seed,
+                rank=processes.rank,
+                world_size=processes.size,
+            )
         except OSError as error:
             raise ValueError(f"cannot be read: {error}") from error
 
@@ -137,6 +275,9 @@ def _introduce(trainer: Trainer, folder: RunFolder, console: Console) -> None:
 def _conclude(loop: Loop, console: Console) -> None:
     """The table at the end: every number measured on the tensors and files as they are."""
     trainer, folder, history = loop.trainer, loop.folder, loop.history
+    unreadable = trainer.unreadable_images()
+    if not loop.processes.is_main:
+        return
     assert history.best is not None
     last, best, count = history.evaluations[-1], history.best, trainer.count()
     prefix = "ema_" if trainer.ema is not None else ""
@@ -164,8 +305,8 @@ def _conclude(loop: Loop, console: Console) -> None:
         rows.insert(4, ("patches kept", describe_tokens(trainer.tokens)))
     if trainer.bad_steps:
         rows.insert(-1, ("dropped steps", f"{trainer.bad_steps} with a loss or gradient that was not finite"))
-    if trainer.data.corrupt_files:
-        rows.insert(-1, ("unreadable images", f"{len(trainer.data.corrupt_files)}"))
+    if unreadable:
+        rows.insert(-1, ("unreadable images", f"{len(unreadable)}"))
     print_table(console, f"{trainer.config.recipe}: done", rows)
     console.print(
         f"next:\n  sparse-trainer evaluate {folder.sparse}\n  tensorboard --logdir {folder.path.parent}", soft_wrap=True

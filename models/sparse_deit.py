@@ -284,7 +284,7 @@ def add_selector(model: nn.Module, config: SelectorConfig) -> nn.Module:
     if holder is None:
         raise ValueError(
             f"selector: the model is of timm's class {type(model).__name__}; selectors work with VisionTransformer, "
-            "which is that of deit_*, deit3_* and most of vit_*"
+            "which is that of deit_*, deit3_* and most of vit_*; without one (null) the model can be trained"
         )
     assert isinstance(model, VisionTransformer)
     assert config.stages is not None

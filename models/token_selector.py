@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast
@@ -211,6 +212,9 @@ class TopKSelector(nn.Module):
             nn.init.zeros_(scorer.bias)
         # On the CPU whatever the model's device: the same seed draws the same noise everywhere.
         self.generator = torch.Generator().manual_seed(config.seed)
+        #: (rank, size): of the processes that share each batch. Each draws the noise of the whole and takes its own
+        #: part, in the order of the ranks, so that the batch is given the same noise however it is shared.
+        self.share = (0, 1)
         # A tensor, so that a compiled training step is not compiled again for each temperature.
         self.register_buffer("tau", torch.tensor(float(config.tau_start)), persistent=False)
 
@@ -227,12 +231,19 @@ class TopKSelector(nn.Module):
         return self.generator.get_state()
 
     def set_extra_state(self, state: Tensor) -> None:
+        # The file may be a stranger's; torch would read beyond its 624 words where these two do not go together.
+        left, _, following = struct.unpack("<iiQ", bytes(state[8:24].cpu().numpy()))
+        if left + following not in (1, 625):
+            raise ValueError(f"selector: a random state at word {following} of 624 with {left} left, which cannot be")
         self.generator.set_state(state.cpu())
 
     @torch.compiler.disable
     def _noise(self, like: Tensor) -> Tensor:
         """Standard Gumbel noise in the shape of ``like``."""
-        uniform = torch.rand(like.shape, generator=self.generator, dtype=like.dtype)
+        rank, size = self.share
+        images, patches = like.shape
+        uniform = torch.rand(size * images, patches, generator=self.generator, dtype=like.dtype)
+        uniform = uniform[rank * images : (rank + 1) * images]
         tiny = torch.finfo(uniform.dtype).tiny
         return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log().to(like.device)
 

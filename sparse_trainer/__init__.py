@@ -1,5 +1,6 @@
 """Train networks that are sparse from the first step, under one exact parameter budget."""
 
+from sparse_trainer.agreement import DisagreementError
 from sparse_trainer.budget import Budget
 from sparse_trainer.checkpoint import CheckpointError, SparseInfo, expand, load_sparse, read_info, save_sparse
 from sparse_trainer.report import BlockUpdate, LayerUpdate, MaskUpdate
@@ -10,6 +11,7 @@ __all__ = [
     "BlockUpdate",
     "Budget",
     "CheckpointError",
+    "DisagreementError",
     "LayerUpdate",
     "MaskUpdate",
     "SparseInfo",

@@ -14,22 +14,28 @@ before it is believed: :mod:`sparse_trainer.tensor_file` does its bytes, :func:`
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
 from sparse_trainer import units
-from sparse_trainer.masks import count_bits, pack_bits, unpack_bits
+from sparse_trainer.masks import count_live, pack_bits, unpack_bits
+from sparse_trainer.rebuild import (
+    ModelFactory,
+    build_without_memory,
+    check_agreement,
+    check_depth,
+    describe,
+    fill,
+)
 from sparse_trainer.resume import load_resume, save_resume
 from sparse_trainer.sparse_info import SparseInfo
 from sparse_trainer.tensor_file import (
@@ -58,12 +64,13 @@ SPARSE_FORMAT, SPARSE_VERSION = "sparse-trainer", 1
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 #: Buffers that a model computes for itself and does not save may take the file's size and this much more.
-_UNSAVED_BYTES = 64 << 20
+_UNSAVED_BYTES = 16 << 20
 
-#: Heads or neurons of a dense block; the largest ViTs have some 16,000. Units are handled as Python numbers.
-_MAX_UNITS = 1 << 17
+#: What :func:`expand` makes of a file of few units is all zeros but for them: so many times the file's size at most.
+_MAX_EXPANSION = 256
 
-ModelFactory = Callable[..., nn.Module]
+#: Masked tensors that are packed or unpacked at a time; NumPy releases Python's lock.
+_AT_A_TIME = 2
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def save_sparse(
     info: SparseInfo,
     live_heads: Mapping[str, Sequence[int]] | None = None,
     live_neurons: Mapping[str, Sequence[int]] | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     create_model: ModelFactory | None = None,
 ) -> None:
     """Write a model and its masks as one sparse checkpoint, atomically.
@@ -96,16 +103,17 @@ def save_sparse(
         model: the compact model, or its EMA copy.
         masks: bool, by parameter name; empty if there are no weight masks.
         live_heads, live_neurons: unit numbers by block; None takes those of ``info``.
-        dtype: float32, float16 or bfloat16, for every floating tensor; others stay as they are.
+        dtype: float32, float16 or bfloat16, for every floating tensor; others stay as they are. None keeps the
+            dtype of each, which may be any of these three.
         create_model: what :func:`load_sparse` will be given, if not ``timm.create_model``.
 
     Raises:
         ValueError: if masks, model and info do not go together, a dead element is not exactly 0 (it would be
-            lost), or a value is not finite in ``dtype``.
+            lost), or a value is not finite in its dtype.
         CheckpointError: if the file cannot be written; the file that was there is unchanged.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype} is not one of {', '.join(map(str, DTYPES))}")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype: {dtype} is not one of {', '.join(map(str, DTYPES))}, None")
     if live_heads is not None:
         info = replace(info, live_heads={name: tuple(live) for name, live in live_heads.items()})
     if live_neurons is not None:
@@ -117,22 +125,18 @@ def save_sparse(
         state[name] = tensor.detach().cpu()
     _check_masks(masks, state, info)
     if create_model is not None or info.selector is None:
-        _check_agreement(_build_on_meta(info, create_model), state, info)
+        check_agreement(build_without_memory(info, create_model), state, info)
 
-    stored: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        key = name
-        if name in masks:
-            values = _gather(tensor, masks[name])
-            lost = _nonzeros(tensor) - _nonzeros(values)
-            if lost:
-                raise ValueError(f"{name}: {lost:,} dead elements are not exactly 0 and would be lost")
-            key, tensor = f"{name}.values", values
-            stored[f"{name}.mask"] = pack_bits(masks[name])
-        stored[key] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        if not _is_finite(stored[key]):
-            raise ValueError(f"{name}: holds NaN or infinity in {dtype}, so it cannot be deployed")
-    assert len(stored) == len(state) + len(masks), "a state_dict name ends in .values or .mask"
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        packed = pool.map(lambda name: _pack(name, state[name], masks[name], dtype), masks)
+        stored = {
+            f"{name}.{part}": tensor
+            for name, parts in zip(masks, packed, strict=True)
+            for part, tensor in parts.items()
+        }
+    others = [name for name in state if name not in masks]
+    assert not stored.keys() & set(others), "a name in the state_dict ends in .values or .mask"
+    stored |= {name: _convert(name, state[name], dtype) for name in others}
     metadata = {**info.to_metadata(), "masked": {name: list(mask.shape) for name, mask in masks.items()}}
     write_tensors(path, stored, metadata, format=SPARSE_FORMAT, version=SPARSE_VERSION)
 
@@ -166,19 +170,16 @@ def load_sparse(
             f"{path}: holds a token selector ({quote(info.selector.get('kind'))}); "
             "pass create_model=models.create_model"
         )
-    depth = info.model_args.get("depth")
-    blocks = {found[1] for name in contents.tensors if (found := re.search(r"(?:^|\.)blocks\.(\d{1,6})\.", name))}
-    if depth is not None and depth != len(blocks):
-        raise fault(path, "the depth of the model", expected=f"{len(blocks)} blocks, as stored", found=quote(depth))
     try:
-        model = _build_on_meta(info, create_model)
-        _check_agreement(model, contents.tensors, info)
+        check_depth(info, contents.tensors)
+        model = build_without_memory(info, create_model)
+        check_agreement(model, contents.tensors, info)
         state = dict(contents.tensors)
         if dtype is not None:
             state = {name: t.to(dtype) if t.is_floating_point() else t for name, t in state.items()}
-        _fill(model, state, unsaved_limit=os.path.getsize(path) + _UNSAVED_BYTES)
+        fill(model, state, unsaved_limit=os.path.getsize(path) + _UNSAVED_BYTES)
     except Exception as error:
-        message = str(error).strip() or type(error).__name__
+        message = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path}: the model cannot be rebuilt: {message[:1000]}") from error
     return model.to(device).eval()
 
@@ -199,7 +200,10 @@ def expand(
     info = read_info(path)
     if not (info.live_heads or info.live_neurons):
         return model.to(device)
-    dense = _build_on_meta(dataclasses.replace(info, live_heads={}, live_neurons={}), create_model)
+    dense = build_without_memory(replace(info, live_heads={}, live_neurons={}), create_model)
+    needed, limit = sum(p.nbytes for p in dense.parameters()), _MAX_EXPANSION * os.path.getsize(path) + _UNSAVED_BYTES
+    if needed > limit:
+        raise fault(path, "the size of the dense model", expected=f"at most {limit:,} bytes", found=f"{needed:,}")
     blocks = units.find_blocks(dense)
     state = units.expand_state_dict(
         model,
@@ -208,7 +212,7 @@ def expand(
         {name: block.heads.count() for name, block in blocks.items()},
         {name: block.neurons.count() for name, block in blocks.items()},
     )
-    _fill(dense, state, unsaved_limit=os.path.getsize(path) + _UNSAVED_BYTES)
+    fill(dense, state, unsaved_limit=os.path.getsize(path) + _UNSAVED_BYTES)
     return dense.to(device).eval()
 
 
@@ -237,37 +241,31 @@ def read_sparse(path: str | os.PathLike[str]) -> SparseFile:
     Raises:
         CheckpointError: if the file is damaged, or its parts do not agree.
     """
-    tensors, metadata = read_tensors(path, format=SPARSE_FORMAT, version=SPARSE_VERSION)
+    stored, metadata = read_tensors(path, format=SPARSE_FORMAT, version=SPARSE_VERSION)
     info, shapes = _parse(path, metadata)
-    masks = {}
-    live = 0
-    for name, shape in shapes.items():
-        values, packed = tensors.pop(f"{name}.values", None), tensors.pop(f"{name}.mask", None)
-        if values is None or packed is None or name in tensors:
+    for name in shapes:
+        if name in stored or not {f"{name}.values", f"{name}.mask"} <= stored.keys():
             raise fault(path, f"masked tensor {quote(name)}", expected=".values and .mask", found="not just these")
-        numel = math.prod(shape)
-        if packed.dtype != torch.uint8 or tuple(packed.shape) != ((numel + 7) // 8,):
-            expected = f"{(numel + 7) // 8:,} bytes for shape {shape}"
-            raise fault(path, f"{quote(name)}.mask", expected=expected, found=_describe(packed))
-        if not values.is_floating_point() or tuple(values.shape) != (count_bits(packed),):
-            expected = f"{count_bits(packed):,} values, one for each bit set in its mask"
-            raise fault(path, f"{quote(name)}.values", expected=expected, found=_describe(values))
-        try:
-            mask = unpack_bits(packed, numel)
-            tensors[name], masks[name] = _scatter(values, mask).view(shape), mask.view(shape)
-        except (ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: {quote(name)}.mask: {error}") from error
-        live += values.numel()
-    if masks and live != info.budget.live:
+    packed = {name: (stored.pop(f"{name}.values"), stored.pop(f"{name}.mask")) for name in shapes}
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        found = pool.map(lambda name: _unpack(path, name, *packed[name], shapes[name]), shapes)
+        unpacked = dict(zip(shapes, found, strict=True))
+    live = sum(values.numel() for values, _ in packed.values())
+    if shapes and live != info.budget.live:
         raise fault(path, "live parameters", expected=f"{info.budget.live:,}, its budget", found=f"{live:,}")
-    floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    for name, tensor in floating.items():
-        if tensor.dtype not in DTYPES:
-            allowed = ", ".join(map(str, DTYPES))
-            raise fault(path, f"the dtype of {quote(name)}", expected=allowed, found=tensor.dtype)
-        if not _is_finite(tensor):
-            raise fault(path, f"the values of {quote(name)}", expected="finite numbers", found="NaN or infinity")
+    for name, tensor in stored.items():
+        _check_values(path, name, tensor)
+    tensors = {**stored, **{name: tensor for name, (tensor, _) in unpacked.items()}}
+    masks = {name: mask for name, (_, mask) in unpacked.items()}
     return SparseFile(info, tensors, masks)
+
+
+def _check_values(path: str | os.PathLike[str], name: str, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and tensor.dtype not in DTYPES:
+        allowed = ", ".join(map(str, DTYPES))
+        raise fault(path, f"the dtype of {quote(name)}", expected=allowed, found=tensor.dtype)
+    if not _is_finite(tensor):
+        raise fault(path, f"the values of {quote(name)}", expected="finite numbers", found="NaN or infinity")
 
 
 def _parse(path: str | os.PathLike[str], metadata: dict[str, Any]) -> tuple[SparseInfo, dict[str, tuple[int, ...]]]:
@@ -281,8 +279,49 @@ def _parse(path: str | os.PathLike[str], metadata: dict[str, Any]) -> tuple[Spar
     try:
         info = SparseInfo.from_metadata(metadata)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {'; '.join(str(error).splitlines())}") from error
     return info, {name: tuple(shape) for name, shape in shapes.items()}
+
+
+def _pack(name: str, tensor: Tensor, mask: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """A masked tensor as it is stored."""
+    values = _gather(tensor, mask)
+    lost = _count_nonzero(tensor) - _count_nonzero(values)
+    if lost:
+        raise ValueError(f"{name}: {lost:,} dead elements are not exactly 0 and would be lost")
+    return {"values": _convert(name, values, dtype), "mask": pack_bits(mask)}
+
+
+def _convert(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A tensor as it is stored: of ``dtype``, if that is given and it is floating, and finite."""
+    if not tensor.is_floating_point():
+        return tensor
+    converted = tensor if dtype is None else tensor.to(dtype)
+    if converted.dtype not in DTYPES:
+        raise ValueError(f"{name}: is {tensor.dtype}; give a dtype among {', '.join(map(str, DTYPES))}")
+    if not _is_finite(converted):
+        raise ValueError(f"{name}: holds NaN or infinity in {converted.dtype}, so it cannot be deployed")
+    return converted
+
+
+def _unpack(
+    path: str | os.PathLike[str], name: str, values: Tensor, packed: Tensor, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`_pack`: tensor and mask, if all parts agree."""
+    numel = math.prod(shape)
+    if packed.dtype != torch.uint8 or tuple(packed.shape) != ((numel + 7) // 8,):
+        expected = f"{(numel + 7) // 8:,} bytes for shape {shape}"
+        raise fault(path, f"{quote(name)}.mask", expected=expected, found=describe(packed))
+    try:
+        mask = unpack_bits(packed, numel)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {quote(name)}.mask: {error}") from error
+    live = count_live(mask)
+    if not values.is_floating_point() or tuple(values.shape) != (live,):
+        expected = f"{live:,} values, one for each bit set in its mask"
+        raise fault(path, f"{quote(name)}.values", expected=expected, found=describe(values))
+    _check_values(path, name, values)
+    return _scatter(values, mask).view(shape), mask.view(shape)
 
 
 # NumPy finds and moves the live elements about five times faster than torch's boolean indexing on a CPU.
@@ -292,22 +331,26 @@ def _parse(path: str | os.PathLike[str], metadata: dict[str, Any]) -> tuple[Spar
 def _gather(tensor: Tensor, mask: Tensor) -> Tensor:
     """The elements of ``tensor`` where ``mask`` is True, in row-major order."""
     flat = tensor.contiguous().view(-1)
-    bits = flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat
     live = np.flatnonzero(mask.detach().cpu().contiguous().numpy())
-    return torch.from_numpy(bits.numpy().take(live)).view(flat.dtype)
+    return torch.from_numpy(_as_array(flat).take(live)).view(flat.dtype)
 
 
 def _scatter(values: Tensor, mask: Tensor) -> Tensor:
     """The inverse of :func:`_gather` for a flat mask: zeros where it is False."""
     dense = torch.zeros(mask.numel(), dtype=values.dtype)
-    bits, source = (t.view(torch.int16) if t.dtype == torch.bfloat16 else t for t in (dense, values))
-    bits.numpy()[np.flatnonzero(mask.numpy())] = source.numpy()
+    _as_array(dense)[np.flatnonzero(mask.numpy())] = _as_array(values)
     return dense
 
 
-def _nonzeros(tensor: Tensor) -> int:
-    tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-    return int(np.count_nonzero(tensor.numpy()))
+def _count_nonzero(tensor: Tensor) -> int:
+    array = _as_array(tensor.contiguous())
+    # The first bit is the sign of a 16-bit number: -0.0 is zero too.
+    return int(np.count_nonzero(array << 1 if array.dtype == np.int16 else array != 0))
+
+
+def _as_array(tensor: Tensor) -> np.ndarray:
+    """The memory of a tensor; 16-bit numbers as integers, in which NumPy is also faster."""
+    return (tensor.view(torch.int16) if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -317,109 +360,15 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {tuple(tensor.shape)}"
-
-
 def _check_masks(masks: Mapping[str, Tensor], state: Mapping[str, Tensor], info: SparseInfo) -> None:
     for name, mask in masks.items():
         if name not in state:
             close = difflib.get_close_matches(name, state, n=3)
             raise ValueError(f"masks: the model has no tensor {name!r}; close names: {', '.join(close) or 'none'}")
+        if not state[name].is_floating_point():
+            raise ValueError(f"masks: {name} is {state[name].dtype}; only floating tensors have masks")
         if mask.dtype != torch.bool or mask.shape != state[name].shape:
-            raise ValueError(f"masks: {name} must be torch.bool {tuple(state[name].shape)}, found {_describe(mask)}")
-    live = sum(int(mask.count_nonzero()) for mask in masks.values())
+            raise ValueError(f"masks: {name} must be torch.bool {tuple(state[name].shape)}, found {describe(mask)}")
+    live = sum(count_live(mask.detach()) for mask in masks.values())
     if masks and live != info.budget.live:
         raise ValueError(f"info.budget: {info.budget.live:,} live parameters, but the masks hold {live:,}")
-
-
-def _build_on_meta(info: SparseInfo, create_model: ModelFactory | None) -> nn.Module:
-    """The compact model that ``info`` describes, with shapes and no memory.
-
-    Raises:
-        ValueError: if there is no such model, or no such units in it. Also whatever the factory raises.
-    """
-    args = dict(info.model_args)
-    if info.selector is not None:
-        args["selector"] = dict(info.selector)
-    if create_model is None:
-        if not timm.is_model(info.model):
-            close = difflib.get_close_matches(info.model, timm.list_models(), n=3)
-            raise ValueError(f"timm has no model {info.model!r}; close names: {', '.join(close) or 'none'}")
-        create_model, args["pretrained"] = timm.create_model, False
-    with torch.device("meta"):
-        model = create_model(info.model, **args)
-        if info.live_heads or info.live_neurons:
-            dense = max(max(b.heads.count(), b.neurons.count()) for b in units.find_blocks(model).values())
-            if dense > _MAX_UNITS:
-                raise ValueError(f"expected a dense block of at most {_MAX_UNITS:,} units, found {dense:,}")
-            units.compact(model, info.live_heads, info.live_neurons)
-    return model
-
-
-def _check_agreement(model: nn.Module, state: Mapping[str, Tensor], info: SparseInfo) -> None:
-    """Compare a model rebuilt from ``info`` with the tensors that are to fill it.
-
-    Raises:
-        ValueError: naming the tensors that are missing, left over, or of another shape or kind.
-    """
-    expected = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
-    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or unexpected:
-        raise ValueError(
-            f"{info.model} with the arguments given: expected {len(expected)} tensors, found {len(state)}; "
-            f"missing: {_some(missing)}; not in the model: {_some(unexpected)}"
-        )
-    for name, tensor in expected.items():
-        kind = "floating" if tensor.is_floating_point() else tensor.dtype
-        found_kind = "floating" if state[name].is_floating_point() else state[name].dtype
-        if tensor.shape != state[name].shape or kind != found_kind:
-            raise ValueError(
-                f"{info.model} with the arguments given: {name}: expected {kind} {tuple(tensor.shape)}, "
-                f"found {_describe(state[name])}"
-            )
-    classes = getattr(model, "num_classes", None)
-    if info.class_names is not None and isinstance(classes, int) and classes != len(info.class_names):
-        raise ValueError(f"class_names: expected {classes}, one per class, found {len(info.class_names)}")
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(quote(name) for name in names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"
-
-
-def _fill(model: nn.Module, state: Mapping[str, Tensor], *, unsaved_limit: int) -> None:
-    """Give a model built on the meta device its tensors; tied parameters stay tied."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    model.load_state_dict(dict(state), strict=True, assign=True)
-    for first, *others in names.values():
-        for name in others:
-            if not torch.equal(state[first], state[name]):
-                raise ValueError(f"{name}: is tied to {first} in the model, but their values differ")
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, model.get_parameter(first))
-
-    unsaved = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if buffer.is_meta
-    ]
-    if sum(buffer.nbytes for *_, buffer in unsaved) > unsaved_limit:
-        raise ValueError(f"the model's own buffers take more than {unsaved_limit:,} bytes")
-    for module, name, buffer in unsaved:
-        setattr(module, name, torch.empty_like(buffer, device="cpu"))
-    for module in dict.fromkeys(module for module, *_ in unsaved):
-        compute = getattr(module, "init_non_persistent_buffers", None)
-        if compute is None:
-            raise ValueError(
-                f"{type(module).__name__} holds buffers that no file has; to fill them it needs a method "
-                "init_non_persistent_buffers(), as timm's layers have"
-            )
-        compute()
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.is_meta:
-                raise ValueError(f"{type(module).__name__}.{name} is a tensor that no file has")

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_trainer.units import BlockUnits, find_blocks
 
@@ -135,18 +138,33 @@ def _count_vit(model: nn.Module, shares: Mapping[str, float], tokens: Sequence[f
                 repeats[f"{name}.{module_name}.weight"] = n
         layers[f"{name}.attn"] = _attention(block, n)
     for name, parameter in model.named_parameters():
-        if name.startswith("patch_embed.") and parameter.ndim > 1:
+        if name == "patch_embed.proj.weight":
             repeats[name] = patches
         elif name in ("head.weight", "head_dist.weight"):
             repeats[name] = 1
         elif name.startswith("selector.") and parameter.ndim > 1:
             repeats[name] = patches
+    for name, size in _parts(model, entering[-1]).items():
+        layers |= _count_by_running(model.get_submodule(name), shares, size, f"{name}.")
     layers |= {
         name: _layer(parameter, repeats[name], shares.get(name, 1.0))
         for name, parameter in model.named_parameters()
         if name in repeats
     }
     return layers
+
+
+def _parts(model: nn.Module, tokens: float) -> dict[str, tuple[int, ...]]:
+    """Parts outside the blocks that are more than one layer, and the size of what they take: a stem, a pooling."""
+    parts: dict[str, tuple[int, ...]] = {}
+    stem: Any = model.get_submodule("patch_embed")
+    first = next((layer for layer in stem.modules() if isinstance(layer, nn.Conv2d)), None)
+    if first is not None and first is not getattr(stem, "proj", None):
+        parts["patch_embed"] = (first.in_channels, *stem.img_size)
+    if getattr(model, "attn_pool", None) is not None:
+        left_out = 0 if getattr(model, "pool_include_prefix", False) else int(getattr(model, "num_prefix_tokens", 0))
+        parts["attn_pool"] = (round(tokens) - left_out, int(model.embed_dim))  # type: ignore[arg-type]
+    return parts
 
 
 def _layer(weight: Tensor, repeats: float, share: float) -> LayerCount:
@@ -163,39 +181,57 @@ def _weights(module: nn.Module, prefix: str) -> list[Tensor]:
     return [p for name, p in module.named_parameters() if name.startswith(prefix) and name.endswith("weight")]
 
 
+#: Products of a network that has no blocks as known here: attention, and whatever else multiplies without a weight.
+OTHER_PRODUCTS = "other products"
+
+
+class _Watching(TorchFunctionMode):
+    """Sees which weight each product uses. Attention runs as its two products, so that every torch counts them."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names = names  #: by the id of the tensor
+        self.repeats: dict[str, float] = {}  #: how often each weight is applied
+
+    def __torch_function__(self, function: Any, _: Any, arguments: Any = (), options: Any = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            query, key, value = arguments[:3]
+            return query @ key.transpose(-2, -1) @ value
+        output = function(*arguments, **(options or {}))
+        if function in (F.linear, F.conv2d):
+            weight = arguments[1] if len(arguments) > 1 else (options or {})["weight"]
+            name = self.names.get(id(weight))
+            if name is not None:
+                channel = 1 if function is F.conv2d else -1
+                self.repeats[name] = self.repeats.get(name, 0) + output.numel() / output.shape[channel]
+        return output
+
+
 def _count_by_running(
-    model: nn.Module, shares: Mapping[str, float], input_size: tuple[int, int, int]
+    module: nn.Module, shares: Mapping[str, float], size: Sequence[int], prefix: str = ""
 ) -> dict[str, LayerCount]:
-    """Apply the model to a batch of one without memory, and see how often each weight is used."""
-    layers: dict[str, LayerCount] = {}
+    """Apply a module to a batch of one of that size, without memory, and see how often each weight is used.
 
-    def watch(name: str, layer: nn.Linear | nn.Conv2d) -> None:
-        def hook(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
-            channel = 1 if isinstance(module, nn.Conv2d) else -1
-            repeats = output.numel() / output.shape[channel]
-            before = layers.get(name, LayerCount(0.0, 0.0))
-            added = _layer(layer.weight, repeats, shares.get(name, 1.0))
-            layers[name] = LayerCount(
-                before.macs + added.macs, before.live_macs + added.live_macs, added.parameters, added.live
-            )
-
-        handles.append(layer.register_forward_hook(hook))
-
-    handles: list[torch.utils.hooks.RemovableHandle] = []
-    training = model.training
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            watch(f"{name}.weight" if name else "weight", module)
+    Args:
+        prefix: of the module's parameters in ``shares`` and in the result.
+    """
+    tensors = {
+        name: torch.empty_like(value, device="meta", requires_grad=False)
+        for name, value in (*module.named_parameters(), *module.named_buffers())
+    }
+    watching = _Watching({id(tensor): name for name, tensor in tensors.items()})
+    training = module.training
     try:
-        empty = {
-            name: torch.empty_like(value, device="meta")
-            for name, value in (*model.named_parameters(), *model.named_buffers())
-        }
-        with torch.no_grad():
-            model.eval()
-            torch.func.functional_call(model, empty, (torch.empty(1, *input_size, device="meta"),))
+        module.eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, watching:
+            torch.func.functional_call(module, tensors, (torch.empty(1, *size, device="meta"),))
     finally:
-        model.train(training)
-        for handle in handles:
-            handle.remove()
+        module.train(training)
+    layers = {
+        prefix + name: _layer(tensors[name], repeats, shares.get(prefix + name, 1.0))
+        for name, repeats in watching.repeats.items()
+    }
+    rest = counter.get_total_flops() / 2 - sum(layer.macs for layer in layers.values())
+    if rest > 0:
+        layers[prefix + OTHER_PRODUCTS] = LayerCount(rest, rest)
     return layers

@@ -12,10 +12,10 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,16 @@ ADDED = (1.00, 0.62, 0.11)  #: orange; differs from LIVE in lightness too
 _RECORD_NAME = re.compile(r"step_(\d{8,})\.safetensors")
 _HISTOGRAM_ELEMENTS = 1 << 17
 
+_Part = TypeVar("_Part")
+
+#: What a file may hold where a report says this type.
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "int": lambda value: type(value) is int,
+    "float": lambda value: type(value) in (int, float),
+    "tuple[int, ...]": lambda value: type(value) is tuple and all(type(item) is int for item in value),
+    "tuple[str, ...]": lambda value: type(value) is tuple and all(map(str.isprintable, value)),
+}
+
 
 @dataclass(frozen=True)
 class MaskRecord:
@@ -59,8 +69,10 @@ class MaskRecord:
         try:
             shapes = {name: tuple(map(int, shape)) for name, shape in metadata["shapes"].items()}
             return {name: unpack_bits(tensors[name], math.prod(shape)).view(shape) for name, shape in shapes.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-            raise fault(self.path, "the masks", expected="bits that fit their shapes", found=error) from error
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+            raise fault(
+                self.path, "the masks", expected="bits that fit their shapes", found=quote(str(error))
+            ) from error
 
 
 class MaskLog:
@@ -69,7 +81,7 @@ class MaskLog:
     Args:
         run_dir: the run's folder; the timeline lies in its ``masks`` folder.
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or None for the timeline alone.
-        image_every: write the images of weight masks at every n-th update only.
+        image_every: write the images of weight masks at every n-th update of the run only.
         image_side: the longer side of such an image, in pixels, at most.
     """
 
@@ -162,8 +174,12 @@ class MaskLog:
                 self.writer.add_histogram(f"weights/{name}", live[::stride].float().cpu(), step)
 
     def truncate_after(self, step: int) -> None:
-        """Forget records after ``step``, as a run that resumes from there must. See :func:`truncate_timeline`."""
+        """Forget records after ``step``, as a run that resumes from there must. See :func:`truncate_timeline`.
+
+        Updates are counted on from those that are left, so that ``image_every`` means the same ones as before.
+        """
         truncate_timeline(self.run_dir, step)
+        self._updates = sum(step > 0 for step, _ in _records(self.run_dir / "masks"))
 
     def _add_mask_images(self, masks: Mapping[str, Tensor], step: int) -> None:
         assert self.writer is not None
@@ -287,8 +303,8 @@ def read_timeline(run_dir: str | os.PathLike[str]) -> Iterator[MaskRecord]:
             record = MaskRecord(
                 path=path,
                 step=step,
-                live_heads={name: tuple(map(int, units)) for name, units in metadata["live_heads"].items()},
-                live_neurons={name: tuple(map(int, units)) for name, units in metadata["live_neurons"].items()},
+                live_heads=_units_from_json(metadata["live_heads"]),
+                live_neurons=_units_from_json(metadata["live_neurons"]),
                 update=None if update is None else update_from_json(update),
             )
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -331,12 +347,30 @@ def update_from_json(value: Mapping[str, Any]) -> MaskUpdate:
         TypeError, KeyError: if it is no such report.
     """
     fields = dict(value)
-    fields["budget"] = Budget(**fields["budget"])
-    fields["layers"] = {name: LayerUpdate(**layer) for name, layer in fields["layers"].items()}
-    fields["blocks"] = {name: BlockUpdate(**_with_tuples(block)) for name, block in fields["blocks"].items()}
-    return MaskUpdate(**_with_tuples(fields))
+    fields["budget"] = _from_json(Budget, fields["budget"])
+    fields["layers"] = {_name(name): _from_json(LayerUpdate, layer) for name, layer in fields["layers"].items()}
+    fields["blocks"] = {_name(name): _from_json(BlockUpdate, block) for name, block in fields["blocks"].items()}
+    return _from_json(MaskUpdate, fields)
 
 
-def _with_tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows lists only; every sequence in a report is a tuple."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+def _from_json(kind: type[_Part], fields: Mapping[str, Any]) -> _Part:
+    """A part of a report. JSON knows lists only; every sequence in a report is a tuple."""
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        check = _TYPES.get(str(field.type))
+        if check is not None and field.name in values and not check(values[field.name]):
+            raise TypeError(f"{kind.__name__}.{field.name} is no {field.type}: {quote(values[field.name])}")
+    return kind(**values)
+
+
+def _units_from_json(value: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    if not all(isinstance(units, list) and all(type(unit) is int for unit in units) for units in value.values()):
+        raise TypeError(f"units that are no whole numbers: {quote(value)}")
+    return {_name(name): tuple(units) for name, units in value.items()}
+
+
+def _name(text: str) -> str:
+    # Printed in terminals: a control character could rewrite what is seen there.
+    if not text.isprintable():
+        raise ValueError(f"a name that cannot be printed: {quote(text)}")
+    return text

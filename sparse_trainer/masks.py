@@ -197,7 +197,7 @@ def unpack_bits(packed: Tensor, numel: int) -> Tensor:
     bits = np.unpackbits(packed.cpu().numpy(), bitorder="little")
     if bits[numel:].any():
         raise ValueError(f"bits are set after the last of {numel:,} mask elements")
-    return torch.from_numpy(bits[:numel].copy()).bool()
+    return torch.from_numpy(bits[:numel]).view(torch.bool)
 
 
 def count_bits(packed: Tensor) -> int:

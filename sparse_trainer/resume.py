@@ -22,6 +22,9 @@ __all__ = ["CheckpointError", "load_resume", "save_resume"]
 RESUME_FORMAT, RESUME_VERSION = "sparse-trainer-resume", 1
 _MAX_DEPTH = 64
 
+#: JSON takes some thirty times its length when it is parsed.
+_MAX_STRUCTURE_BYTES = 32 << 20
+
 
 def save_resume(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """Write everything that training continues from, atomically and checksummed.
@@ -36,7 +39,12 @@ def save_resume(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_encode(state, tensors, "state", 0), allow_nan=False, separators=(",", ":"))
-    # Long lists of numbers would not fit the header, which is bounded.
+    if len(text) > _MAX_STRUCTURE_BYTES:
+        raise ValueError(
+            f"all that is no tensor takes {len(text):,} bytes, more than {_MAX_STRUCTURE_BYTES:,}; "
+            "store long lists of numbers as tensors"
+        )
+    # Long lists of numbers would not fit the header, which is bounded more tightly.
     tensors["structure"] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
     write_tensors(path, tensors, {}, format=RESUME_FORMAT, version=RESUME_VERSION)
 
@@ -52,8 +60,10 @@ def load_resume(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     tensors, _ = read_tensors(path, format=RESUME_FORMAT, version=RESUME_VERSION)
     try:
-        text = bytes(tensors.pop("structure").numpy()).decode("utf-8")
-        state = _decode(parse_json(text), tensors)
+        structure = tensors.pop("structure")
+        if structure.dtype != torch.uint8 or structure.numel() > _MAX_STRUCTURE_BYTES:
+            raise ValueError(f"{structure.numel():,} elements of {structure.dtype}")
+        state = _decode(parse_json(bytes(structure.numpy()).decode("utf-8")), tensors)
         if not isinstance(state, dict):
             raise TypeError(f"{type(state).__name__} where a dict was expected")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -104,10 +114,13 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     ((kind, inner),) = value.items()
     if kind == "tensor":
         return tensors[inner]
-    if kind == "float":
+    if kind == "float" and isinstance(inner, str):
         return float(inner)
-    if kind == "dict":
-        return {_decode(key, tensors): _decode(item, tensors) for key, item in inner}
-    if kind == "tuple":
+    if kind == "dict" and isinstance(inner, list):
+        result = {_decode(key, tensors): _decode(item, tensors) for key, item in inner}
+        if len(result) != len(inner):
+            raise ValueError("a key that occurs twice")
+        return result
+    if kind == "tuple" and isinstance(inner, list):
         return tuple(_decode(item, tensors) for item in inner)
-    raise ValueError(f"unknown kind {kind!r}")
+    raise ValueError(f"a value of kind {kind!r}")

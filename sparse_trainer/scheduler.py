@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_trainer.agreement import check_agreement, mask_digest, on_any_process, order_digest, process_count
 from sparse_trainer.budget import Budget, count_units
 from sparse_trainer.optimizer_state import check_supported
 from sparse_trainer.report import BlockUpdate, MaskUpdate
@@ -199,7 +200,7 @@ class SparsityScheduler:
         """Follow an optimizer: mask gradients from now on, count its steps, change its state at updates.
 
         Args:
-            optimizer: holds every prunable parameter of the model.
+            optimizer: holds every prunable parameter of the model; in a wrapper of Accelerate or Lightning too.
             ema: a model whose parameters average those of this one (timm's ``ModelEmaV3``,
                 ``torch.optim.swa_utils.AveragedModel``, or any module of the same names); it is kept as sparse.
 
@@ -209,6 +210,8 @@ class SparsityScheduler:
         """
         if self._optimizer is not None:
             raise ValueError("the scheduler is attached to an optimizer already; call detach() first")
+        while isinstance(wrapped := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = wrapped
         check_supported(optimizer)
         owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         missing = [name for name, parameter in self._prunable.items() if id(parameter) not in owned]
@@ -236,7 +239,7 @@ class SparsityScheduler:
         self._enforce = True
         first = next(iter(self._prunable.values()))
         self._handles = [
-            first.register_post_accumulate_grad_hook(self._count_pass),
+            first.register_hook(self._count_pass),
             optimizer.register_step_pre_hook(self._before_optimizer_step),
             optimizer.register_step_post_hook(self._after_optimizer_step),
             optimizer.register_load_state_dict_post_hook(self._something_was_loaded),
@@ -287,6 +290,7 @@ class SparsityScheduler:
         Raises:
             RuntimeError: if no optimizer is attached, or it stepped more than once since the last call.
             ValueError: if an update of heads or neurons is due and there is no closure.
+            DisagreementError: on every process, if after an update they hold different masks.
         """
         if self._optimizer is None:
             raise RuntimeError("scheduler.step() before scheduler.attach(optimizer)")
@@ -301,9 +305,12 @@ class SparsityScheduler:
         update = None
         due = self.schedule.next_update(self._last_update + 1)
         if due is not None and self._step >= due and self._exact_step() >= due:
+            # An update may undo what had gone apart in the masks, but not in the weights under them.
+            former = {f"former {what}": value for what, value in self._facts().items()}
             update = self._update(closure)
             self._last_update = self._step
-        self._arm()
+            check_agreement({**former, **self._facts()}, self._device, f"after the update at step {self._step}")
+        self._arm(together=True)
         return update
 
     def _update(self, closure: LossClosure | None) -> MaskUpdate | None:
@@ -348,6 +355,20 @@ class SparsityScheduler:
             warnings=tuple(notes),
         )
 
+    def _facts(self) -> dict[str, int]:
+        """What all processes must hold alike, as numbers and digests by name; nothing for one process."""
+        if process_count() == 1:
+            return {}
+        facts = {"step number": self._step, "number of live weights": self.budget.live}
+        facts |= {f"mask of {name}": mask_digest(mask) for name, mask in self.masks.items()}
+        facts |= {f"order of live heads in {name}": order_digest(units) for name, units in self.live_heads.items()}
+        facts |= {f"order of live neurons in {name}": order_digest(units) for name, units in self.live_neurons.items()}
+        return facts
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._prunable.values())).device
+
     def _block_report(self, swaps: Mapping[int, Swap]) -> dict[str, BlockUpdate]:
         if self._units is None:
             return {}
@@ -381,15 +402,24 @@ class SparsityScheduler:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    def _arm(self) -> None:
-        """Collect the growth gradient during the next optimizer step if an update is near."""
+    def _arm(self, *, together: bool = False) -> None:
+        """Collect the growth gradient during the next optimizer step if an update is near.
+
+        Args:
+            together: all processes are here, and agree on it. Each counts its own backward passes, and what one
+                collects alone, it would wait for in vain at the end of the step.
+        """
         if self._weights is None or self.config.grow != "gradient":
             return
         due = self.schedule.next_update(self._last_update + 1)
-        ahead = max(1, -(-self.config.growth_batches // self._passes_per_step))
-        collecting = due is not None and self._step + ahead >= due
-        if collecting and due is not None:
-            collecting = self._exact_step() + ahead >= due
+        most = self.config.growth_batches  # steps, if each had one backward pass: the same on all processes
+        if due is None or self._step + most < due or self._exact_step() + most < due:
+            self._weights.growth.collect(False)
+            return
+        ahead = max(1, -(-most // self._passes_per_step))
+        collecting = self._step + ahead >= due
+        if together and most > 1:
+            collecting = on_any_process(collecting, self._device)
         self._weights.growth.collect(collecting)
 
     def _exact_step(self) -> int:
@@ -400,6 +430,8 @@ class SparsityScheduler:
         return self._step
 
     def _count_pass(self, _: Tensor) -> None:
+        if next(iter(self._prunable.values())).grad is None:
+            self._passes = 0  # an optimizer step begins: passes of one that was dropped do not count
         self._passes += 1
 
     @torch.no_grad()

@@ -15,6 +15,8 @@ _BLOCK = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _WORD = re.compile(r"[A-Za-z0-9_]{0,40}")
 _MAX_SELECTOR_ITEMS = 64
 _MAX_NUMBER = 1 << 40
+_MAX_PIXELS = 1 << 13
+_MAX_DEPTH = 256
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class SparseInfo:
                 problems.append(f"{key}: expected {expected}, found {shown}")
 
         def is_pixels(value: object) -> bool:
-            return isinstance(value, tuple) and len(value) == 2 and all(_is_int(v, 1, 1 << 16) for v in value)
+            return isinstance(value, tuple) and len(value) == 2 and all(_is_int(v, 1, _MAX_PIXELS) for v in value)
 
         def per_channel(value: object, low: float) -> bool:
             return (
@@ -105,10 +107,11 @@ class SparseInfo:
             self.budget,
         )
         check(_is_int(self.macs, 0, 1 << 62), "macs", "a whole number", self.macs)
-        check(is_pixels(self.image_size), "image_size", "height and width in pixels", self.image_size)
+        pixels = f"height and width, 1 to {_MAX_PIXELS} pixels"
+        check(is_pixels(self.image_size), "image_size", pixels, self.image_size)
         check(_is_int(self.in_chans, 1, 4096), "in_chans", "a whole number from 1", self.in_chans)
-        check(per_channel(self.mean, -1e6), "mean", f"{self.in_chans} numbers", self.mean)
-        check(per_channel(self.std, 1e-12), "std", f"{self.in_chans} positive numbers", self.std)
+        check(per_channel(self.mean, -1e6), "mean", f"{self.in_chans!r:.40} numbers", self.mean)
+        check(per_channel(self.std, 1e-12), "std", f"{self.in_chans!r:.40} positive numbers", self.std)
         check(
             self.class_names is None
             or (isinstance(self.class_names, tuple) and all(_is_text(name) for name in self.class_names)),
@@ -249,7 +252,7 @@ def _is_plain_mapping(value: object, depth: int = 3) -> bool:
 
 def _pair_or_int(value: object) -> bool:
     values = value if isinstance(value, tuple | list) else (value,)
-    return len(values) in (1, 2) and all(_is_int(v, 1, 1 << 16) for v in values)
+    return len(values) in (1, 2) and all(_is_int(v, 1, _MAX_PIXELS) for v in values)
 
 
 def _whole(low: int, high: int) -> tuple[Callable[[object], bool], str]:
@@ -263,7 +266,7 @@ def _real(low: float, high: float) -> tuple[Callable[[object], bool], str]:
 
 
 _flag = (lambda value: isinstance(value, bool)), "true or false"
-_size = _pair_or_int, "pixels, one number or two"
+_size = _pair_or_int, f"1 to {_MAX_PIXELS} pixels, one number or two"
 _word = (lambda value: isinstance(value, str) and bool(_WORD.fullmatch(value))), "a plain word"
 
 #: The only arguments that a file may pass to a model factory: numbers and plain words, nothing that names a
@@ -273,7 +276,7 @@ _MODEL_ARGS: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(("in_chans", "num_heads"), _whole(1, 4096)),
     **dict.fromkeys(("embed_dim",), _whole(1, 1 << 16)),
     **dict.fromkeys(("num_classes",), _whole(0, 1 << 24)),
-    **dict.fromkeys(("depth",), _whole(1, 1000)),
+    **dict.fromkeys(("depth",), _whole(1, _MAX_DEPTH)),
     **dict.fromkeys(("reg_tokens",), _whole(0, 4096)),
     **dict.fromkeys(("mlp_ratio", "init_values"), _real(0.0, 1000.0)),
     **dict.fromkeys(

@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and that are checked before they are believed.
+"""Files with tensors in them, which are checked before they are believed.
 
 Every file with tensors in it (a sparse checkpoint, a resume bundle, one record of the mask timeline) is a
 `safetensors <https://github.com/huggingface/safetensors>`_ file: an 8-byte length, a JSON header, the data.
@@ -6,7 +6,8 @@ Any reader of that format opens them. Two checksums lie in the header's metadata
 header itself and ``data_sha256`` over the data, so that a flipped bit anywhere is found.
 
 The reader trusts nothing: sizes are compared with the size of the file before anything is allocated, JSON is
-parsed strictly, and there is no pickle anywhere. Whatever is wrong becomes one :class:`CheckpointError`.
+parsed strictly, and there is no pickle anywhere. Whatever is wrong becomes one :class:`CheckpointError`. The
+checksums find damage; one who means harm can compute them too, so nothing is believed because of them.
 """
 
 from __future__ import annotations
@@ -17,17 +18,37 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
+from sparse_trainer.whole_file import CheckpointError, replacing, write_atomically
+
+__all__ = [
+    "FORMATS",
+    "MAX_HEADER_BYTES",
+    "CheckpointError",
+    "fault",
+    "parse_json",
+    "quote",
+    "read_metadata",
+    "read_tensors",
+    "write_atomically",
+    "write_tensors",
+]
+
 #: The header holds names, shapes and metadata, no weights; a longer one is an attempt to exhaust memory.
 MAX_HEADER_BYTES = 8 << 20
 MAX_DIMENSIONS = 8
+
+#: From this size on a checksum is computed in a thread of its own, while the file is read or written.
+_HASHED_BESIDE = 1 << 20
 
 #: What the project writes, by the ``format`` entry of the metadata, and how to open it.
 FORMATS = {
@@ -51,10 +72,6 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-class CheckpointError(ValueError):
-    """A file that cannot be written or trusted; the message names it, what was expected and found."""
-
-
 def fault(path: str | os.PathLike[str], problem: str, *, expected: object, found: object) -> CheckpointError:
     """The error for ``path``, in the one form that all of them have."""
     return CheckpointError(f"{path}: {problem}: expected {expected}, found {found}")
@@ -66,32 +83,38 @@ def quote(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def write_atomically(path: str | os.PathLike[str], chunks: Iterable[bytes | memoryview]) -> None:
-    """Write ``chunks`` to ``path`` so that a reader finds the old file or the new one, never a part.
+class _Checksum:
+    """sha256 of many chunks. A large sum is computed beside what the caller does, as hashlib releases Python's lock.
 
-    The bytes go to ``.<name>.tmp`` in the same folder, are flushed to the disk, and the file is renamed; a
-    crash leaves at most that one temporary file, which the next write to ``path`` replaces.
-
-    Raises:
-        CheckpointError: if the folder is missing or read-only, the disk is full, or the like.
+    Args:
+        size: bytes to come, in all.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        kept = "; the file that was there is unchanged" if path.is_file() else ""
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}{kept}") from error
-    _sync_folder(path.parent)
+
+    def __init__(self, size: int) -> None:
+        self._digest = hashlib.sha256()
+        self._pool = ThreadPoolExecutor(1) if size >= _HASHED_BESIDE else None
+        self._pending: list[Future[None]] = []
+
+    def __enter__(self) -> _Checksum:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def add(self, chunk: memoryview) -> None:
+        """The next chunk; it must stay as it is until :meth:`hexdigest`."""
+        if self._pool is None:
+            self._digest.update(chunk)
+        else:
+            self._pending.append(self._pool.submit(self._digest.update, chunk))
+
+    def hexdigest(self) -> str:
+        for future in self._pending:
+            future.result()
+        return self._digest.hexdigest()
 
 
 def write_tensors(
@@ -127,19 +150,24 @@ def write_tensors(
             "shape": list(tensor.shape),
             "data_offsets": [begin, end],
         }
-    data = [_as_bytes(tensors[name]) for name in order]
-    digest = hashlib.sha256()
-    for chunk in data:
-        digest.update(chunk)
     strings = {key: json.dumps(value, allow_nan=False) for key, value in metadata.items()}
-    strings |= {"format": format, "version": str(version), "data_sha256": digest.hexdigest()}
+    strings |= {"format": format, "version": str(version), "data_sha256": "0" * 64, "header_sha256": "0" * 64}
     header = {"__metadata__": strings, **entries}
-    strings["header_sha256"] = _header_digest(header)
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER_BYTES:
-        raise ValueError(f"the header takes {len(text):,} bytes, more than {MAX_HEADER_BYTES:,}")
-    write_atomically(path, [len(text).to_bytes(8, "little"), text, *data])
+    length = len(_header_bytes(header))
+    if length > MAX_HEADER_BYTES:
+        raise ValueError(f"the header takes {length:,} bytes, more than {MAX_HEADER_BYTES:,}")
+    with replacing(path) as file, _Checksum(end) as checksum:
+        # The header holds the checksum of the data, so its place, the length of which is known, is filled last.
+        file.seek(8 + length)
+        data = [_as_bytes(tensors[name]) for name in order]
+        for chunk in data:
+            checksum.add(chunk)
+        for chunk in data:
+            file.write(chunk)
+        strings["data_sha256"] = checksum.hexdigest()
+        strings["header_sha256"] = _header_digest(header)
+        file.seek(0)
+        file.write(length.to_bytes(8, "little") + _header_bytes(header))
 
 
 def read_metadata(path: str | os.PathLike[str], *, format: str, version: int) -> dict[str, Any]:
@@ -163,27 +191,33 @@ def read_tensors(
     with _open(path) as file:
         header = _read_header(path, file)
         metadata = _metadata(path, header, format, version)
-        digest = hashlib.sha256()
+        size = sum(entry.end - entry.begin for entry in header.entries.values())
+        # A file with holes may take no disk and yet claim more than any machine could hold.
+        if size > _memory():
+            raise fault(
+                path,
+                "the size of its tensors",
+                expected=f"at most {_memory():,} bytes, the memory of this machine",
+                found=f"{size:,}",
+            )
         tensors = {}
-        for name, entry in sorted(header.entries.items(), key=lambda item: item[1].begin):
-            try:
-                tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
-            except RuntimeError as error:
-                raise CheckpointError(f"{path}: {quote(name)} does not fit in memory") from error
-            view = _as_bytes(tensor)
-            if file.readinto(view) != len(view):  # type: ignore[attr-defined]
-                raise fault(path, "the file shrank while it was read", expected=entry.end, found="less data")
-            if entry.dtype == "BOOL" and tensor.view(torch.uint8).gt(1).any():
-                raise fault(path, f"the bytes of {quote(name)}", expected="0 or 1, as bool", found="others")
-            digest.update(view)
-            tensors[name] = tensor
-    if digest.hexdigest() != header.strings["data_sha256"]:
-        raise fault(
-            path,
-            "the tensor data is damaged",
-            expected=f"sha256 {header.strings['data_sha256'][:16]}...",
-            found=f"{digest.hexdigest()[:16]}...",
-        )
+        with _Checksum(size) as checksum:
+            for name, entry in sorted(header.entries.items(), key=lambda item: item[1].begin):
+                try:
+                    tensors[name] = tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+                except RuntimeError as error:
+                    raise CheckpointError(f"{path}: {quote(name)} does not fit in memory") from error
+                view = _as_bytes(tensor)
+                if file.readinto(view) != len(view):  # type: ignore[attr-defined]
+                    raise fault(path, "the file shrank while it was read", expected=entry.end, found="less data")
+                checksum.add(view)
+            found = checksum.hexdigest()
+    if found != header.strings["data_sha256"]:
+        expected = f"sha256 {quote(header.strings['data_sha256'][:16])}..."
+        raise fault(path, "the tensor data is damaged", expected=expected, found=f"{found[:16]}...")
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.bool and tensor.view(torch.uint8).gt(1).any():
+            raise fault(path, f"the bytes of {quote(name)}", expected="0 or 1, as bool", found="others")
     return tensors, metadata
 
 
@@ -205,6 +239,7 @@ class _Header:
 @contextlib.contextmanager
 def _open(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """The file, if it is a regular one (a pipe or a device could be read for ever)."""
+    special = CheckpointError(f"{path}: is a device or a pipe, expected a regular file")
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
@@ -212,13 +247,17 @@ def _open(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             hint = f"; did you mean {inside}?" if inside.is_file() else ""
             raise CheckpointError(f"{path}: is a folder, expected a file{hint}")
         if not stat.S_ISREG(mode):
-            raise CheckpointError(f"{path}: is a device or a pipe, expected a regular file")
-        with open(path, "rb") as file:
+            raise special
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was exchanged in between
+                raise special
             yield file
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: there is no such file") from error
-    except (OSError, MemoryError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except MemoryError as error:
+        raise CheckpointError(f"{path}: does not fit in memory") from error
     except ValueError as error:
         # The operating system refuses a path with a null byte in it.
         if isinstance(error, CheckpointError):
@@ -226,9 +265,22 @@ def _open(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         raise CheckpointError(f"{quote(path)}: cannot be read: {error}") from error
 
 
+def _open_at_once(path: str, flags: int) -> int:
+    """Opening a pipe waits for its other end, unless one asks not to."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _memory() -> int:
+    """Bytes that this machine has, or no limit where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 1 << 63
+
+
 def _read_header(path: str | os.PathLike[str], file: BinaryIO) -> _Header:
     size = os.fstat(file.fileno()).st_size
-    start = file.read(8)
+    start = file.read(8) if size >= 8 else b""  # of size 0 are files of the system that never end
     length = int.from_bytes(start, "little")
     fits = len(start) == 8 and length <= min(size - 8, MAX_HEADER_BYTES)
     # Only where these bytes are no header length: that may begin with 0x80 as well.
@@ -269,17 +321,22 @@ def _read_header(path: str | os.PathLike[str], file: BinaryIO) -> _Header:
 
 def _entry(path: str | os.PathLike[str], name: str, value: object) -> _Entry:
     """One tensor's entry in the header, if its parts agree with each other."""
-    expected = "dtype, shape and data_offsets that go together"
-    damaged = fault(path, f"the header's entry for {quote(name)}", expected=expected, found=quote(value))
+
+    def damaged() -> CheckpointError:
+        expected = "dtype, shape and data_offsets that go together"
+        return fault(path, f"the header's entry for {quote(name)}", expected=expected, found=quote(value))
+
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise damaged
+        raise damaged()
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not (_whole_numbers(shape) and len(shape) <= MAX_DIMENSIONS and _whole_numbers(offsets)):
-        raise damaged
+        raise damaged()
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise fault(path, f"the dtype of {quote(name)}", expected=", ".join(_DTYPES), found=quote(dtype))
     if len(offsets) != 2 or offsets[1] - offsets[0] != math.prod(shape) * _DTYPES[dtype].itemsize:
-        raise damaged
+        raise damaged()
+    if math.prod(max(1, side) for side in shape) >= 1 << 60:  # of no elements, but beyond what can be counted
+        raise damaged()
     return _Entry(dtype, tuple(shape), *offsets)
 
 
@@ -331,7 +388,9 @@ def parse_json(text: str) -> Any:
         ValueError: with what was found.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return json.loads(
+            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+        )
     except RecursionError:
         raise ValueError("values nested too deeply") from None
 
@@ -347,6 +406,18 @@ def _refuse_constant(text: str) -> None:
     raise ValueError(f"{text}, which is no JSON number")
 
 
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text[:40]}, which is too large for a number")
+    return value
+
+
+def _header_bytes(header: Mapping[str, Any]) -> bytes:
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
 def _header_digest(header: Mapping[str, Any]) -> str:
     """sha256 over the header in one canonical form, without the place where this digest itself is kept."""
     strings = {key: value for key, value in header.get("__metadata__", {}).items() if key != "header_sha256"}
@@ -360,17 +431,3 @@ def _as_bytes(tensor: Tensor) -> memoryview:
     if flat.stride(0) != 1:  # what one element or none is strided by says nothing, yet view() minds
         flat = flat.new_empty(flat.numel()).copy_(flat)
     return memoryview(flat.view(torch.uint8).numpy().data)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename durable, where the system can (on Windows a folder cannot be opened)."""
-    if os.name == "nt":
-        return
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be flushed to the disk: {error.strerror}") from error

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from sparse_trainer.agreement import process_count, sum_over_processes
 from sparse_trainer.optimizer_state import is_second_moment, moments
 from sparse_trainer.units import UnitGroup, UnitSlice, constant_output, find_blocks, keep
 
@@ -98,6 +98,8 @@ class LiveUnits:
                 f"{self.group.block}: the saved state has {len(state['live'])} live {self.group.kind}s, "
                 f"this model {len(self.live)}"
             )
+        if sorted([*state["live"], *state["dormant"]]) != list(range(len(self.live) + len(self.dormant))):
+            raise ValueError(f"{self.group.block}: the saved live and dormant {self.group.kind}s are not all of them")
         self.live, self.dormant = list(state["live"]), list(state["dormant"])
         for name, value in state["candidates"].items():
             self.candidates[name].copy_(value)
@@ -456,8 +458,5 @@ def _gate_scores(closure: LossClosure, gates: Sequence[_Gate]) -> list[Tensor]:
     for several in values:
         # The loss is a mean over the samples, so the sum of their gradients' sizes is the mean of each one's own.
         score = torch.stack([next(gradients).abs().sum(dim=0) for _ in several]).sum(dim=0)
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(score)
-            score /= dist.get_world_size()
-        scores.append(score.cpu())
+        scores.append((sum_over_processes(score) / process_count()).cpu())
     return scores

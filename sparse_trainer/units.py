@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from timm.layers import Attention, AttentionRope
 from torch import Tensor, nn
 
 
@@ -107,26 +108,29 @@ def find_blocks(model: nn.Module) -> dict[str, BlockUnits]:
                 name, _heads(name, module.get_submodule("attn")), _neurons(name, module.get_submodule("mlp"))
             )
     if not blocks:
-        raise ValueError(
-            f"{type(model).__name__} has no transformer blocks with attn and mlp in timm's VisionTransformer layout; "
-            "head_density and neuron_density need them (density works with any Linear and Conv2d)"
-        )
+        raise ValueError(f"{type(model).__name__} has no transformer blocks with an attn and an mlp; {_WHAT_WORKS}")
+    if getattr(model, "rope_mixed", False):
+        raise ValueError(f"{type(model).__name__} rotates every head by angles of its own (rope_mixed); {_WHAT_WORKS}")
     return blocks
 
 
+_WHAT_WORKS = (
+    "head_density and neuron_density work with the blocks of timm's VisionTransformer (DeiT, ViT, DINOv2, ...). Weight "
+    "masks work with this model: set head_density and neuron_density to 1"
+)
+
+
 def _unsupported(block: str, module: nn.Module, what: str) -> ValueError:
-    return ValueError(
-        f"{block}: {type(module).__name__} {what}; head_density and neuron_density support timm's Attention and "
-        "Mlp, GluMlp and SwiGLU blocks. Set both to 1, or use density alone"
-    )
+    return ValueError(f"{block}: {type(module).__module__}.{type(module).__name__} {what}; {_WHAT_WORKS}")
 
 
 def _heads(block: str, attention: nn.Module) -> UnitGroup:
     qkv, proj = getattr(attention, "qkv", None), getattr(attention, "proj", None)
+    # Exactly these classes: their forward reads num_heads and attn_dim, so it runs with fewer heads as it is.
+    if type(attention) not in (Attention, AttentionRope):
+        raise _unsupported(block, attention, "is of a kind whose heads cannot be taken out")
     if not isinstance(qkv, nn.Linear) or not isinstance(proj, nn.Linear):
         raise _unsupported(block, attention, "has no qkv and proj Linear")
-    if not hasattr(attention, "attn_dim") or type(attention).__name__ != "Attention":
-        raise _unsupported(block, attention, "is not timm's Attention (timm 1.0.23 or newer)")
     if not isinstance(getattr(attention, "norm", nn.Identity()), nn.Identity):
         raise _unsupported(block, attention, "normalises over all heads (scale_norm)")
     head_dim = int(attention.head_dim)  # type: ignore[arg-type]
@@ -157,7 +161,7 @@ def _neurons(block: str, mlp: nn.Module) -> UnitGroup:
     fc2 = getattr(mlp, "fc2", None)
     kind = type(mlp).__name__
     if not isinstance(fc2, nn.Linear) or kind not in ("Mlp", "GluMlp", "SwiGLU"):
-        raise _unsupported(block, mlp, "is not one of timm's Mlp, GluMlp, SwiGLU")
+        raise _unsupported(block, mlp, "is of a kind whose neurons cannot be taken out")
     if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
         raise _unsupported(block, mlp, "normalises over all neurons (scale_mlp_norm)")
     inputs = []

@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparse_trainer.agreement import process_count, sum_over_processes
 from sparse_trainer.budget import allocate
+from sparse_trainer.generators import restore_generator
 from sparse_trainer.masks import (
     MaskChange,
     count_bits,
@@ -58,34 +59,40 @@ class GrowthGradient:
         if name in self._step and accumulated is not None and bool(accumulated.any()):
             self._step[name].add_(gradient.detach())
         else:
-            self._step[name] = gradient.detach().clone()
+            self._step[name] = gradient.detach().clone(memory_format=torch.contiguous_format)
 
     def finish_step(self, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor]) -> None:
         """Take over what this optimizer step collected; called when the optimizer has stepped.
 
         Only then are the gradients what it saw: a fused optimizer undoes the loss scale by itself, and one that is
         given a closure runs the backward pass within its step. A step whose gradients are not finite is left out.
+
+        All processes that train together come here in the same step. One that no gradient reached adds zeros, so
+        the others need not wait for it, and all end with the same mean.
         """
         step, self._step = self._step, {}
+        device = next(iter(parameters.values())).device
+        if process_count() > 1:
+            contributors = int(sum_over_processes(torch.tensor(int(bool(step)), device=device)))
+            if not contributors:
+                return
+            # The signed mean, so that every process ranks the gradient of the global batch.
+            for name, parameter in parameters.items():
+                gradient = step.setdefault(name, torch.zeros_like(parameter, memory_format=torch.contiguous_format))
+                sum_over_processes(gradient).div_(contributors)
         if not step:
             return
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        if world > 1:
-            # The signed mean, so that every process ranks the gradient of the global batch.
-            for name in parameters:
-                gradient = step.setdefault(name, torch.zeros_like(parameters[name]))
-                dist.all_reduce(gradient)
-                gradient.div_(world)
-        first = next(iter(step.values()))
-        seen = torch.zeros((), dtype=torch.float64, device=first.device)
-        collected = seen.clone()
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        seen, collected = sums.unbind()
         for name, gradient in step.items():
             optimizer_gradient = parameters[name].grad
             if optimizer_gradient is None:
                 continue
             live = gradient * masks[name]
             seen += torch.sum(optimizer_gradient.float() * live, dtype=torch.float64)
-            collected += torch.sum(live * live, dtype=torch.float64)
+            # In float64, since a loss scale may be so great that a float32 square is infinite.
+            collected += torch.linalg.vector_norm(live, dtype=torch.float64).square()
+        sum_over_processes(sums)  # equal on all, but for one without gradients
         factor = float(seen / collected) if float(collected) > 0 else 1.0
         # Not finite in any element makes the live sums or this product so; then nothing may be ranked by it.
         if not math.isfinite(factor) or not all(bool(g.sum().isfinite()) for g in step.values()):
@@ -201,9 +208,12 @@ class WeightMasks:
         return collect
 
     def _masker(self, name: str) -> Any:
+        # Not self, which leads back to the parameter: torch never frees a parameter with such a hook.
+        masks = self.masks
+
         def mask_gradient(parameter: Tensor) -> None:
             if parameter.grad is not None:
-                zero_dead(parameter.grad, self.masks[name])
+                zero_dead(parameter.grad, masks[name])
 
         return mask_gradient
 
@@ -265,7 +275,7 @@ class WeightMasks:
         """Finish the transition of one layer: mask, weight, gradient, EMA and moments."""
         parameter, mask = self.parameters[name], self.masks[name]
         mask.copy_(change.live)
-        parameter.mul_(mask)
+        parameter.masked_fill_(~mask, 0.0)  # a product would leave -0.0, which apply() does not
         if parameter.grad is not None:
             zero_dead(parameter.grad, mask)
         if average is not None:
@@ -375,6 +385,6 @@ class WeightMasks:
         for name, mask in masks.items():
             self.masks[name].copy_(mask)
             self._ever_live[name] = state["ever_live"][name].clone()
-        self.generator.set_state(state["generator"])
+        restore_generator(self.generator, state["generator"])
         self.growth.load_state_dict(state["growth"], self.parameters)
         self.apply()

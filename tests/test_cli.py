@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +14,10 @@ import pytest
 
 from experiments.__main__ import commands, main
 from experiments.config import load_config
+from experiments.run_folder import RunFolder
 
 SMALL = [
+    "--selector=null", "--losses.macs_target=null",
     "--model.kwargs={embed_dim: 24, depth: 2, patch_size: 7}", "--data.train_subset=100", "--data.eval_subset=20",
     "--data.batch_size=10", "--training.epochs=2", "--schedule.warmup_epochs=1", "--sparsity.updates=3",
     "--training.device=cpu", "--training.log_every=5",
@@ -92,6 +95,22 @@ def test_resume_auto_starts_where_there_is_nothing(tmp_path: Path, capsys: pytes
     assert "the run is complete" in capsys.readouterr().out
 
 
+def test_resume_of_a_run_that_was_killed_before_it_saved_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["train", *SMALL, f"--output.runs={tmp_path}", "--output.name=run"]
+    assert main(arguments) == 0
+    whole = (tmp_path / "run" / "sparse.safetensors").read_bytes()
+    for name in ("checkpoints", "masks", "tensorboard"):
+        shutil.rmtree(tmp_path / "run" / name)
+    for name in ("sparse.safetensors", "metrics.jsonl"):
+        (tmp_path / "run" / name).unlink()
+    capsys.readouterr()
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert f"{tmp_path}/run ended before its first step; it begins anew" in capsys.readouterr().out
+    assert (tmp_path / "run" / "sparse.safetensors").read_bytes() == whole
+
+
 def test_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [
@@ -112,7 +131,7 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert err == ""
     assert "everything is saved" in out
     assert f"  sparse-trainer train --resume {run}\n" in out
-    assert (run / "checkpoints" / "last.resume").is_file()
+    assert RunFolder(run).bundles()
 
 
 @pytest.mark.parametrize(
@@ -123,7 +142,7 @@ def test_interrupt_saves_and_says_how_to_go_on(tmp_path: Path) -> None:
         (["train", "--resum=x"], "train: error: resum: unknown key; did you mean resume?"),
         (
             ["train", "--resume=nowhere"],
-            "train: error: --resume: nowhere holds no checkpoints/last.resume; give the folder of a run, or auto",
+            "train: error: --resume: nowhere holds no checkpoints/step_*.resume; give the folder of a run, or auto",
         ),
         (
             ["train", "--config=svite_deit_small", "--data.root=nowhere"],
@@ -161,15 +180,19 @@ def test_files_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["train", *SMALL, f"--output.runs={tmp_path}", "--output.name=run", "--training.epochs=1",
                  "--schedule.warmup_epochs=0"]) == 0  # fmt: skip
     capsys.readouterr()
-    assert main(["evaluate", str(run / "checkpoints" / "last.resume")]) == 2
+    newest, before = RunFolder(run).bundles()
+    assert main(["evaluate", str(newest)]) == 2
     assert "is another kind of file: expected a sparse checkpoint, found a resume bundle" in last_line(capsys)
     assert main(["evaluate", str(run / "config.yaml")]) == 2
     assert "is truncated or no safetensors file" in last_line(capsys)
-    damaged = bytearray((run / "checkpoints" / "last.resume").read_bytes())
-    damaged[-1] ^= 1
-    (run / "checkpoints" / "last.resume").write_bytes(damaged)
+    for bundle in (newest, before):
+        damaged = bytearray(bundle.read_bytes())
+        damaged[-1] ^= 1
+        bundle.write_bytes(damaged)
     assert main(["train", "--resume", str(run)]) == 2
-    assert last_line(capsys).startswith(f"sparse-trainer train: error: {run}/checkpoints/last.resume: ")
+    line = last_line(capsys)
+    assert line.startswith(f"sparse-trainer train: error: {newest}: the tensor data is damaged: expected sha256")
+    assert line.endswith("; the 1 before it cannot be read either")
 
 
 def test_a_run_that_cannot_go_on_is_exit_code_1(

@@ -102,7 +102,8 @@ def test_sparsity_and_selector_can_be_off_and_on(tmp_path: Path) -> None:
     assert config.sparsity is None
     path.write_text(to_yaml(config))
     assert load_config(path) == config
-    selector = read("--selector.keep_ratio", "0.5").selector
+    assert read("--selector", "null").selector is None
+    selector = read("--config", "svite_plus_deit_small", "--selector.keep_ratio", "0.5").selector
     assert selector is not None
     assert selector.keep_ratio == 0.5
 
@@ -154,7 +155,10 @@ def test_auto_precision_is_bfloat16_only_with_instructions_for_it(monkeypatch: p
             "optimizer.weight_decay: -1.0 is not 0 or more; training.epochs: 0 is not a positive whole number; "
             "training.clip_grad: -1.0 is not a positive number or null",
         ),
-        (["--selector.keep_ratio", "2"], "selector: keep_ratio is 2.0; give a number above 0 and at most 1"),
+        (
+            ["--selector=null", "--selector.keep_ratio=2"],
+            "selector: keep_ratio is 2.0; give a number above 0 and at most 1",
+        ),
         (
             ["--output.name", "../elsewhere"],
             "output.name: '../elsewhere' is not a folder name (letters, digits, '.', '_', '-') or null",

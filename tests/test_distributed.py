@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,23 +54,30 @@ def train(kind: str, rank: int, world: int) -> dict[str, Any]:
     }
 
 
-def work(rank: int, kind: str, folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.save(train(kind, rank, 2), os.path.join(folder, f"{rank}.pt"))
+    torch.save({kind: train(kind, rank, 2) for kind in CONFIGS}, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes found, by kind."""
+    folder = tmp_path_factory.mktemp("distributed")
+    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.filterwarnings("ignore:.*is rounded to", "ignore:.*growth changes nothing")
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_two_processes_equal_one(tmp_path: Path, kind: str) -> None:
-    torch.multiprocessing.spawn(work, args=(kind, str(tmp_path)), nprocs=2)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def test_two_processes_equal_one(kind: str, ranks: list[dict[str, Any]]) -> None:
+    first, second = (rank[kind] for rank in ranks)
     alone = train(kind, 0, 1)
     for name, mask in alone["masks"].items():
-        assert torch.equal(ranks[0]["masks"][name], ranks[1]["masks"][name])
-        assert torch.equal(ranks[0]["masks"][name], mask), name
-    assert ranks[0]["heads"] == ranks[1]["heads"] == alone["heads"]
-    assert ranks[0]["neurons"] == ranks[1]["neurons"] == alone["neurons"]
+        assert torch.equal(first["masks"][name], second["masks"][name])
+        assert torch.equal(first["masks"][name], mask), name
+    assert first["heads"] == second["heads"] == alone["heads"]
+    assert first["neurons"] == second["neurons"] == alone["neurons"]
     for name, weight in alone["weights"].items():
-        assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
-        torch.testing.assert_close(ranks[0]["weights"][name], weight, atol=1e-6, rtol=0)
+        assert torch.equal(first["weights"][name], second["weights"][name])
+        torch.testing.assert_close(first["weights"][name], weight, atol=1e-6, rtol=0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments.metrics import count_used
 from sparse_trainer import SparsityConfig, SparsityScheduler, flops
 from sparse_trainer.units import compact
 
@@ -47,9 +49,39 @@ def test_agrees_with_torch(tiny_deit: Factory, arguments: dict[str, object], sma
     image = torch.randn(1, 1, 16, 16)
     expected = counted_by_torch(model, image)
     assert flops.count(model).macs == pytest.approx(expected, rel=0.01)
-    by_running = flops.count(model, input_size=(1, 16, 16)).macs  # all but the attention products
-    products = sum(layer.macs for name, layer in flops.count(model).layers.items() if name.endswith(".attn"))
-    assert by_running + products == flops.count(model).macs
+    assert flops.count(model, input_size=(1, 16, 16)).macs == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("beit_base_patch16_224", {"img_size": 32, "depth": 1}),  # calls its qkv layer as a function
+        ("cait_xxs24_224", {"img_size": 32, "depth": 1}),
+        ("swin_tiny_patch4_window7_224", {"img_size": 32, "depths": (1, 1)}),
+        ("vit_tiny_r_s16_p8_224", {"img_size": 32, "depth": 1}),  # a convolutional stem
+        ("vit_so150m_patch16_reg4_map_256", {"img_size": 32, "depth": 1}),  # pools by attention, over patches alone
+        ("vit_small_patch16_rope_224", {"img_size": 32, "depth": 1}),
+    ],
+)
+def test_other_networks_agree_with_torch(name: str, arguments: dict[str, Any]) -> None:
+    model = timm.create_model(name, num_classes=10, **arguments).eval().requires_grad_(False)
+    side = arguments["img_size"]
+    found = count_used(model, {}, None, (3, side, side)).macs
+    by_running = flops.count(model, input_size=(3, side, side)).macs
+    expected = counted_by_torch(model, torch.randn(1, 3, side, side))
+    assert found == pytest.approx(expected, rel=0.01)
+    assert by_running == pytest.approx(expected, rel=0.01)
+
+
+def test_running_finds_the_same_layers_as_the_formula(tiny_deit: Factory) -> None:
+    model = tiny_deit()
+    scheduler = SparsityScheduler(model, SparsityConfig(density=0.5), total_steps=500)
+    formula = flops.count(model, scheduler.masks).layers
+    running = flops.count(model, scheduler.masks, input_size=(1, 16, 16)).layers
+    products = {name for name in formula if name.endswith(".attn")}
+    assert set(running) == set(formula) - products | {flops.OTHER_PRODUCTS}
+    assert all(running[name] == layer for name, layer in formula.items() if name not in products)
+    assert running[flops.OTHER_PRODUCTS].macs == sum(formula[name].macs for name in products)
 
 
 def test_a_convolutional_network_agrees_with_torch() -> None:

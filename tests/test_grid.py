@@ -40,6 +40,7 @@ def test_a_grid_runs_goes_on_and_reports(tmp_path: Path, capsys: pytest.CaptureF
         "seeds": [0],
         "baseline": "dense",
         "common": {
+            "losses": {"macs_target": None},
             "model": {"kwargs": {"patch_size": 7, "depth": 2}},
             "data": {"train_subset": 200, "eval_subset": 100, "batch_size": 20},
             "selector": None,

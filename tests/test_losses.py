@@ -115,6 +115,20 @@ def test_the_budget_moves_the_thresholds_the_right_way(
     assert torch.sign(gradient).tolist() == [sign]
 
 
+def test_thresholds_may_learn_more_slowly_than_the_rest() -> None:
+    slow = {"selector": THRESHOLD, "optimizer": {"lr": 1e-2, "threshold_lr_scale": 0.01}}
+    trainer = no_noise({**slow, "schedule": {"name": "constant", "warmup_epochs": 0}})
+    before = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    trainer.train_step()
+    moved = {name: (value - before[name]).abs().max().item() for name, value in trainer.model.named_parameters()}
+    # The first step of AdamW is as long as the learning rate.
+    assert moved["selector.thresholds"] == pytest.approx(1e-4, rel=0.01)
+    assert moved["head.bias"] == pytest.approx(1e-2, rel=0.01)
+    assert trainer.lr == pytest.approx(1e-2)
+    owned = [parameter for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert len(owned) == len({id(parameter) for parameter in owned}) == len(before)
+
+
 def test_mean_macs_are_not_the_macs_of_the_mean(tiny_deit: Callable[..., nn.Module]) -> None:
     """Attention of 5 and 15 tokens costs (25 + 225) / 2, not 10 squared; the rest is linear."""
     model = tiny_deit()
@@ -299,7 +313,8 @@ def test_what_a_joint_run_leaves(tmp_path: Path) -> None:
     loop = start(tmp_path / "run", JOINT)
     taus = []
     step = loop.trainer.train_step
-    loop.trainer.train_step = lambda: (step(), taus.append(float(loop.trainer.model.selector.tau)))[0]  # type: ignore
+    tau = loop.trainer.model.selector.tau
+    loop.trainer.train_step = lambda stop: (step(stop), taus.append(float(tau)))[0]  # type: ignore
     run(loop)
     assert taus == pytest.approx([10 - 9.9 * done / 20 for done in range(20)])
     records = {record["step"]: record for record in read_metrics(loop.folder)}

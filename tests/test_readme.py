@@ -55,7 +55,8 @@ def test_the_other_commands_are_understood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["train", *commands()[2][1:], *SHORT]) == 0
+    changed = next(words for words in commands() if "--sparsity.density" in words)
+    assert main([*changed, *SHORT]) == 0
     capsys.readouterr()
     recipe = next(words for words in commands() if "svite_deit_small" in words)
     assert main(recipe) == 2  # there is no ImageNet here, and that is what it says

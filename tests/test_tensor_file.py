@@ -12,7 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from sparse_trainer import tensor_file
+from experiments.trials.mutations import put_together, take_apart
+from sparse_trainer import whole_file
 from sparse_trainer.tensor_file import (
     CheckpointError,
     parse_json,
@@ -153,8 +154,10 @@ def test_an_oversized_header_is_not_read(tmp_path: Path) -> None:
 
 def test_a_bool_that_is_neither(tmp_path: Path) -> None:
     path = tmp_path / "file.safetensors"
-    write_tensors(path, {"w": torch.tensor([True])}, {}, **MASKS)
-    path.write_bytes(path.read_bytes()[:-1] + b"\2")
+    write_tensors(path, {"w": torch.tensor([2], dtype=torch.uint8)}, {}, **MASKS)
+    document = take_apart(path.read_bytes())
+    document.tensors["w"].dtype = "BOOL"
+    path.write_bytes(put_together(document))
     with pytest.raises(CheckpointError, match="expected 0 or 1, as bool"):
         read_tensors(path, **MASKS)
 
@@ -211,7 +214,7 @@ def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest
             full()
 
     if failing != "write":
-        monkeypatch.setattr(tensor_file.os, failing, full)
+        monkeypatch.setattr(whole_file.os, failing, full)
     with pytest.raises(CheckpointError, match="No space left on device; the file that was there is unchanged"):
         write_atomically(path, chunks())
     assert path.read_bytes() == b"old"

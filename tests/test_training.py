@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -21,10 +23,13 @@ from experiments.data import Data, create_data
 from experiments.loop import Loop, Stopped, StopRequest, describe
 from experiments.losses import create_loss
 from experiments.metrics import count_correct
+from experiments.network import create_lr_schedule, create_optimizer
+from experiments.plan import create_plan
+from experiments.random_states import random_states, restore_random_states, resume_random_states
 from experiments.run_folder import RunFolder, create_run_folder
-from experiments.training import Trainer, TrainingError, create_lr_schedule, create_optimizer, create_plan
+from experiments.training import Trainer, TrainingError
 from models import create_model
-from sparse_trainer.checkpoint import load_sparse, load_sparse_masks, read_info
+from sparse_trainer.checkpoint import load_resume, load_sparse, load_sparse_masks, read_info, save_resume
 from sparse_trainer.mask_log import read_timeline
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -235,7 +240,7 @@ def test_a_step_without_a_finite_loss_moves_nothing(amp: str) -> None:
     trainer = make_trainer(
         {"training": {"amp": amp, "ema_decay": 0.9}, "sparsity": {"updates": None, "update_every": 3}}
     )
-    trainer.loss = Sick(trainer.loss, lambda call: call == 3)
+    trainer.objective.loss = Sick(trainer.objective.loss, lambda call: call == 3)
     trainer.train_step()
     trainer.train_step()
     before = {
@@ -257,6 +262,31 @@ def test_a_step_without_a_finite_loss_moves_nothing(amp: str) -> None:
     assert trainer.bad_in_a_row == 0
 
 
+def test_a_run_resumed_after_an_overflow_equals_one_that_never_stopped(tmp_path: Path) -> None:
+    """The loss scale has fallen, and it rises again: both belong to the state."""
+    changes = {"training": {"amp": "float16", "accumulate": 2, "epochs": 4}}
+
+    def run_on(trainer: Trainer, until: int) -> Trainer:
+        trainer.scaler._growth_interval = 4  # type: ignore[attr-defined]  # by torch 2000 steps
+        while trainer.tried < until:
+            trainer.train_step()
+        return trainer
+
+    def overflowing() -> Trainer:
+        trainer = make_trainer(changes)
+        trainer.objective.loss = Sick(trainer.objective.loss, lambda call: call in (4, 11))
+        return trainer
+
+    whole = run_on(overflowing(), 20)
+    save_resume(tmp_path / "bundle", run_on(overflowing(), 8).state_dict())
+    resumed = make_trainer(changes)
+    resumed.load_state_dict(load_resume(tmp_path / "bundle"))
+    assert resumed.bad_steps == 2
+    assert resumed.scaler.get_scale() == 65536 / 4  # twice halved, and not yet four good steps in a row
+    assert equal(whole.state_dict(), run_on(resumed, 20).state_dict())
+    assert whole.scaler.get_scale() > 65536 / 4
+
+
 def json_like(state: Any) -> Any:
     """A copy that later steps do not change."""
     if isinstance(state, Tensor):
@@ -270,7 +300,7 @@ def json_like(state: Any) -> Any:
 
 def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
     trainer = make_trainer({"training": {"max_bad_steps": 3}})
-    trainer.loss = Sick(trainer.loss, lambda call: call > 2)
+    trainer.objective.loss = Sick(trainer.objective.loss, lambda call: call > 2)
     for _ in range(4):
         trainer.train_step()
     with pytest.raises(TrainingError, match=r"^step 5: loss or gradient was not finite in 3 steps in a row \(loss nan"):
@@ -408,6 +438,30 @@ def test_the_loss_takes_the_targets_of_the_data() -> None:
     soft = nn.functional.one_hot(targets, 10) * 0.9 + 0.01
     mixed = create_loss(configure({"data": {"mixup": 0.2, "label_smoothing": 0.1}}).data)(logits, soft)
     torch.testing.assert_close(smoothed, mixed)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("python", lambda state: [3, state[1][:-1], None]),
+        ("numpy", lambda state: [*state[:2], 625, *state[3:]]),
+        ("numpy", lambda state: [state[0], state[1][1:], *state[2:]]),
+        ("torch", lambda state: state[:-2]),
+        ("torch", lambda state: "x" + state[1:]),
+        ("torch", lambda state: state[:16] + "ffffff7f" + state[24:]),
+        ("torch", lambda state: None),
+    ],
+)
+def test_random_states_that_cannot_be_are_refused(part: str, change: Callable[[Any], Any]) -> None:
+    cpu = torch.device("cpu")
+    good = json.loads(json.dumps(random_states(cpu)))
+    drawn = [random.random(), np.random.rand(), torch.rand(1).item()]  # noqa: NPY002
+    with pytest.raises(ValueError, match=r"^the random states cannot be: "):
+        restore_random_states({**good, part: change(good[part])}, cpu)
+    restore_random_states(good, cpu)
+    assert [random.random(), np.random.rand(), torch.rand(1).item()] == drawn  # noqa: NPY002
+    with pytest.raises(ValueError, match="are missing"):
+        resume_random_states([], cpu, rank=0, size=1, seed=0, step=0)
 
 
 def test_run_folders_have_names_of_their_own(tmp_path: Path) -> None:

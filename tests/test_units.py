@@ -48,8 +48,9 @@ NEURONS = {"blocks.0": list(range(5, 40)), "blocks.1": list(range(0, 48, 2))}
         {"name": "vit_tiny_patch16_224", "mlp_layer": timm.layers.SwiGLUPacked},
         {"name": "vit_tiny_patch16_224", "mlp_layer": timm.layers.SwiGLU},
         {"name": "vit_small_patch14_dinov2"},
+        {"name": "vit_small_patch16_rope_224"},
     ],
-    ids=["deit", "distilled", "deit3", "qk_norm", "registers", "swiglu_packed", "swiglu", "dinov2"],
+    ids=["deit", "distilled", "deit3", "qk_norm", "registers", "swiglu_packed", "swiglu", "dinov2", "rope"],
 )
 def test_compact_equals_zeroed_dense(
     tiny_deit: Factory, tiny_batch: tuple[Tensor, Tensor], arguments: dict[str, object]
@@ -144,15 +145,30 @@ def test_wrong_units_raise(tiny_deit: Factory, heads: dict[str, list[int]], mess
         (lambda: timm.create_model("resnet10t"), "has no transformer blocks"),
         (
             lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, scale_attn_norm=True),
-            r"blocks\.0: Attention normalises over all heads",
+            r"blocks\.0: timm\.layers\.attention\.Attention normalises over all heads",
         ),
         (
             lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, scale_mlp_norm=True),
-            r"blocks\.0: Mlp normalises over all neurons",
+            r"blocks\.0: timm\.layers\.mlp\.Mlp normalises over all neurons",
         ),
-        (lambda: timm.create_model("beit_base_patch16_224", depth=1), r"blocks\.0: Attention has an? |is not|has no"),
+        (
+            lambda: timm.create_model("beit_base_patch16_224", depth=1),
+            r"blocks\.0: timm\.models\.beit\.Attention is of a kind whose heads cannot be taken out",
+        ),
+        (
+            lambda: timm.create_model("cait_xxs24_224", depth=1),
+            r"blocks\.0: timm\.models\.cait\.TalkingHeadAttn is of a kind.*set head_density and neuron_density to 1",
+        ),
+        (
+            lambda: timm.create_model("vitamin_small_224"),
+            r"GeGluMlp is of a kind whose neurons cannot be taken out",
+        ),
+        (
+            lambda: timm.create_model("vit_small_patch16_rope_mixed_224", img_size=32, depth=1),
+            r"Eva rotates every head by angles of its own",
+        ),
     ],
-    ids=["linear", "resnet", "scale_attn_norm", "scale_mlp_norm", "beit"],
+    ids=["linear", "resnet", "scale_attn_norm", "scale_mlp_norm", "beit", "cait", "vitamin", "rope_mixed"],
 )
 def test_other_layouts_are_refused_clearly(model: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):

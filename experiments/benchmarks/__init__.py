@@ -1,0 +1,1 @@
+"""What ``sparse-trainer benchmark`` measures, a module for each sub-command."""

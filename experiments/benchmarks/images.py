@@ -1,0 +1,89 @@
+"""Real images for a checkpoint: how many tokens it keeps depends on what it sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from experiments.config import ConfigError
+from experiments.evaluate import data_of, open_eval_data
+from experiments.inspection.pictures import MOST_IMAGES, read_images
+from sparse_trainer.checkpoint import SparseInfo
+
+
+def spread_out(count: int, wanted: int) -> list[int]:
+    """``wanted`` numbers below ``count`` at equal distances; where there are too few, they begin again."""
+    if count < wanted:
+        return [index % count for index in range(wanted)]
+    return [index * count // wanted for index in range(wanted)]
+
+
+def image_files(paths: Sequence[str]) -> list[str]:
+    """The files, and the images in the folders, sorted.
+
+    Raises:
+        ConfigError: a folder holds no image.
+    """
+    known = Image.registered_extensions()
+    files: list[str] = []
+    for name in paths:
+        path = Path(name)
+        inside = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in known)
+        if path.is_dir() and not inside:
+            raise ConfigError(f"--images: {name} holds no images")
+        files += inside if path.is_dir() else [name]
+    return files
+
+
+def read_sample(paths: Sequence[str], checkpoint: Path, info: SparseInfo, count: int) -> Tensor:
+    """``count`` images ``[count, C, H, W]`` (or as many as there are) from all over the given files and folders.
+
+    Raises:
+        ConfigError: one cannot be read, or there is none.
+    """
+    files = image_files(paths)
+    chosen = [files[index] for index in spread_out(len(files), min(count, len(files)))]
+    config = data_of(checkpoint, info)
+    read = [
+        read_images(chosen[first : first + MOST_IMAGES], config, info)[1]
+        for first in range(0, len(chosen), MOST_IMAGES)
+    ]
+    return torch.cat(read)
+
+
+def evaluation_sample(checkpoint: Path, info: SparseInfo, count: int) -> Tensor:
+    """``count`` of the images that the checkpoint was evaluated on, as many of each class where that can be had.
+
+    Raises:
+        ConfigError: the data is not here, or not what the checkpoint knows.
+    """
+    config = dataclasses.replace(data_of(checkpoint, info), eval_batch_size=count)
+    try:
+        try:
+            data = open_eval_data(dataclasses.replace(config, eval_subset=count), info, "cpu")
+        except ConfigError as error:
+            if "eval_subset" not in str(error):
+                raise
+            data = open_eval_data(config, info, "cpu")  # a stream, or a class with few images
+        images = next(iter(data.eval.batches()), (torch.empty(0), None))[0]
+    except ValueError as error:
+        raise ConfigError(f"{error}; or give other images with --images FOLDER") from error
+    if not len(images):
+        raise ConfigError(f"data.eval_split: {config.eval_split!r} holds no image; give some with --images FOLDER")
+    return images
+
+
+def sample(paths: Sequence[str] | None, checkpoint: Path, info: SparseInfo, count: int) -> tuple[Tensor, str]:
+    """Images ``[count, C, H, W]`` for the checkpoint, as its model wants them, and where they come from."""
+    if paths is not None:
+        images, source = read_sample(paths, checkpoint, info, count), ", ".join(paths)
+    else:
+        config = data_of(checkpoint, info)
+        images, source = evaluation_sample(checkpoint, info, count), f"{config.dataset} ({config.eval_split})"
+    repeated = ", again and again" if len(images) < count else ""
+    return images[spread_out(len(images), count)], f"{len(images):,} of {source}{repeated}"

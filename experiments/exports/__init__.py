@@ -1,0 +1,1 @@
+"""The formats that ``sparse-trainer export`` writes, a file each."""

@@ -1,0 +1,1 @@
+"""What a checkpoint or a run holds: read, compared, printed and drawn."""

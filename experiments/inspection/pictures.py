@@ -1,0 +1,92 @@
+"""Pictures for ``sparse-trainer inspect --output``: images with the patches dimmed that a checkpoint drops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+
+from experiments.augment import normalize
+from experiments.config import ConfigError
+from experiments.data_config import DataConfig
+from experiments.evaluate import data_of, open_eval_data
+from experiments.metrics import precision_context
+from experiments.overlay import draw, examples
+from models import Selection, create_model
+from sparse_trainer.checkpoint import SparseInfo, load_sparse, read_info
+
+MOST_IMAGES = 10
+"""Rows of a picture."""
+
+
+def read_images(paths: Sequence[str], config: DataConfig, info: SparseInfo) -> tuple[list[str], Tensor]:
+    """Names, and images ``[B, C, S, S]`` normalised as the model wants them: resized, and cut to the centre.
+
+    Raises:
+        ConfigError: a file is missing or no image, or a folder holds none.
+    """
+    known = Image.registered_extensions()
+    files: list[Path] = []
+    for name in paths:
+        path = Path(name)
+        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in known) if path.is_dir() else [path]
+        if not inside:
+            raise ConfigError(f"--images: {name} holds no images")
+        files += inside
+    files = files[:MOST_IMAGES]
+    height, width = info.image_size if isinstance(info.image_size, tuple) else (info.image_size,) * 2
+    transform = create_transform(
+        (info.in_chans, height, width),
+        interpolation=config.interpolation,
+        crop_pct=config.crop_pct,
+        use_prefetcher=True,
+    )
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                pixels = transform(image.convert("L" if info.in_chans == 1 else "RGB"))
+        except FileNotFoundError as error:
+            raise ConfigError(f"--images: there is no {file}") from error
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ConfigError(f"--images: {file} cannot be read as an image: {error}") from error
+        images.append(torch.as_tensor(pixels).view(info.in_chans, height, width))
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (info.mean, info.std))
+    return [str(file) for file in files], normalize(torch.stack(images), mean, std)
+
+
+def evaluation_images(path: Path, info: SparseInfo) -> tuple[list[str], Tensor]:
+    """A few of the images that the checkpoint was evaluated on: class names, and the images as above."""
+    data = open_eval_data(data_of(path, info), info, "cpu")
+    images, targets = next(iter(data.eval.batches()))
+    places = examples(torch.arange(len(targets)), targets, MOST_IMAGES)
+    return [data.class_names[int(targets[place])] for place in places], images[places]
+
+
+def draw_images(path: Path, paths: Sequence[str] | None, output: Path) -> tuple[list[str], Selection]:
+    """Write the picture; returns the names of the images and what was kept of them.
+
+    Raises:
+        ConfigError: the checkpoint drops no patches, or a file cannot be read or written.
+    """
+    info = read_info(path)
+    if info.selector is None:
+        raise ConfigError(f"--output: {path} has no token selector, so it drops nothing that could be drawn")
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"--output: {output} is no name of a picture; end it in .png")
+    names, images = read_images(paths, data_of(path, info), info) if paths else evaluation_images(path, info)
+    model = load_sparse(path, create_model=create_model)
+    try:
+        picture, selection = draw(model, images, info.mean, info.std, precision_context(torch.device("cpu"), "float32"))
+    except ValueError as error:
+        raise ConfigError(f"--output: {error}") from error
+    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    try:
+        Image.fromarray(pixels).save(output)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--output: cannot write {output}: {error}") from error
+    return names, selection

@@ -1,0 +1,1 @@
+"""Long trials of what must never fail, each with its report in ``experiments/results``."""

@@ -180,6 +180,21 @@ def test_a_report_of_the_wrong_types(
     assert judge(source, put_together(document), tmp_path, blind=True) == "refused"
 
 
+@pytest.mark.parametrize("value", ["\x00", "\ud800", "\x1b[2J", "x" * 5000])
+def test_a_value_that_once_came_into_the_message_as_it_is(sources: list[Source], tmp_path: Path, value: str) -> None:
+    source = named(sources, "weights")
+    for key in ("image_size", "in_chans", "mean", "std"):
+        document = take_apart(source.content)
+        document.metadata["input"][key] = value
+        assert judge(source, put_together(document), tmp_path, blind=True) == "refused"
+    for key in set(document.metadata) - {"input"}:
+        document = take_apart(source.content)
+        document.metadata[key] = value
+        assert judge(source, put_together(document), tmp_path, blind=True) == "refused"
+        document.metadata[key] = {value: value}
+        assert judge(source, put_together(document), tmp_path, blind=True) == "refused"
+
+
 def test_a_large_header_takes_no_more_than_it_may(sources: list[Source], tmp_path: Path) -> None:
     header, data = header_of(take_apart(sources[0].content))
     header["x"] = [[]] * 700_000

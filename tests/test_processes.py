@@ -7,12 +7,7 @@ Two processes are started once; each runs all of :data:`SCENARIOS`, and the test
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
-import socket
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments import data_sources
-from experiments.config import ConfigError, to_yaml
+from experiments.config import ConfigError
 from experiments.data import Data, create_data
 from experiments.data_batches import Place, share_of
 from experiments.metrics import measure
@@ -661,32 +656,6 @@ def test_what_they_say_to_each_other(ranks: list[Found]) -> None:
             "any": [False, True],
             "mean": (0.5, 3.0),  # the value of both, the gradient of one
         }, rank
-
-
-def test_torchrun_on_two_machines(tmp_path: Path) -> None:
-    """Two of torchrun's agents meet on this machine, as they would on two."""
-    (tmp_path / "small.yaml").write_text(to_yaml(configure({"data": {"eval_subset": 21}, "training": {"epochs": 1}})))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    agent = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"),
-        *(f"--rdzv-endpoint=localhost:{port}", "-m", "experiments", "train", f"--config={tmp_path}/small.yaml"),
-        *(f"--output.runs={tmp_path}", "--output.name=run"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    machines = [
-        subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-        for _ in range(2)
-    ]
-    said = [machine.communicate(timeout=240)[0] for machine in machines]
-    assert [machine.returncode for machine in machines] == [0, 0], said
-    assert sorted("test: done" in text for text in said) == [False, True]  # the first process speaks alone
-    assert (tmp_path / "run" / "sparse.safetensors").is_file()
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == 10
-    top1 = last["eval/top1"] * 21 / 100
-    assert math.isclose(top1, round(top1), abs_tol=1e-6)  # of 21 images, each counted once
 
 
 # One process is enough for these

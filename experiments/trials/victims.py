@@ -89,12 +89,14 @@ class Victim:
 
     def wait_for(self, phase: int, times: int, timeout: float) -> bool:
         """Until it enters ``phase`` for that time; False if it ends before."""
-        end = time.monotonic() + timeout
+        left = timeout
         while self.entered.get(phase, 0) < times:
-            if time.monotonic() > end:
+            if left <= 0:
                 raise TimeoutError(f"process {self.pid} did not come to {PHASES[phase]!r} in {timeout:.0f} s")
+            since = time.monotonic()
             if not self.listen(1.0):
                 return False
+            left -= min(time.monotonic() - since, 1.0)  # while all processes are suspended no time passes
         return True
 
     def send(self, number: int) -> None:
@@ -103,9 +105,11 @@ class Victim:
 
     def wait(self, timeout: float) -> bool:
         """Until it ends; False if it does not in that time."""
-        end = time.monotonic() + timeout
-        while self.ended is None and time.monotonic() < end:
+        left = timeout
+        while self.ended is None and left > 0:
+            since = time.monotonic()
             self.listen(0.2)
+            left -= min(time.monotonic() - since, 0.2)
         return self.ended is not None
 
     def bury(self) -> None:

@@ -27,7 +27,8 @@ from experiments.config import (
 )
 from experiments.console import create_console, print_table, run_command
 from experiments.data import Data, DataConfig, create_data
-from experiments.metrics import Measured, count_used, describe_tokens, measure, precision_context
+from experiments.metrics import Measured, count_used, describe_tokens, measure
+from experiments.precision import precision_context
 from models import create_model
 from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_sparse, load_sparse_masks, read_info
 

@@ -9,10 +9,13 @@ A grid file names a recipe, what all entries change in it, and the entries::
     entries:
       dense: {sparsity: null}
       half: {sparsity: {density: 0.5}}
+      fewer_tokens: {sparsity: null, model: {start: "{run:dense}"}, selector: {kind: threshold}}
 
-Where a text holds ``{seed}``, the run's seed stands in its place, so that one grid can start from the networks of
-another. Runs go to ``runs/<grid>/<entry>-seed<k>``. One that was interrupted goes on, one that is done is not repeated.
-The report compares each entry with the baseline seed by seed: the same seed means the same first weights and images.
+``{run:ENTRY}`` stands for the folder of an earlier entry's run with the same seed, which is waited for, and ``{seed}``
+for the seed. Runs go to ``runs/<grid>/<entry>-seed<k>``. One that was interrupted goes on, one that is done is not
+repeated. The report (:mod:`experiments.grid_report`) compares each entry with the baseline seed by seed: the same seed
+means the same first weights and images. With ``--measure`` the finished runs are then timed against the baseline's,
+one after the other (:mod:`experiments.grid_speed`).
 """
 
 from __future__ import annotations
@@ -20,17 +23,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
+import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from scipy import stats
+
+from experiments.config import ConfigError
+from experiments.grid_report import draw, read_outcome, summarize, to_markdown
+from experiments.grid_speed import measure_speed
+from experiments.timing import use_threads
+
+NEEDED = re.compile(r"\{run:([^}]*)\}")
 
 
 @dataclass(frozen=True)
@@ -43,188 +53,165 @@ class Grid:
     baseline: str
     entries: Mapping[str, Mapping[str, Any]]
     common: Mapping[str, Any] = field(default_factory=dict)
+    title: str = ""  #: what the grid is about, for the report
+
+    def needs(self, entry: str) -> set[str]:
+        """The entries whose runs this one starts from or learns from."""
+        return set(NEEDED.findall(yaml.safe_dump([dict(self.common), dict(self.entries[entry])])))
 
 
 def read_grid(path: Path) -> Grid:
     """The grid in a file.
 
     Raises:
-        ValueError: a key is missing or unknown, or the baseline is no entry.
+        ValueError: a key is missing or unknown, the baseline is no entry, or an entry needs one that is not before it.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    known = {"recipe", "seeds", "baseline", "entries", "common"}
-    if not isinstance(content, dict) or not known - {"common"} <= set(content) <= known:
+    optional = {"common", "title"}
+    known = {"recipe", "seeds", "baseline", "entries"} | optional
+    if not isinstance(content, dict) or not known - optional <= set(content) <= known:
         raise ValueError(f"{path}: a grid has the keys {', '.join(sorted(known))}")
     grid = Grid(
         name=path.stem,
         recipe=content["recipe"],
         seeds=tuple(content["seeds"]),
         baseline=content["baseline"],
-        entries=content["entries"],
-        common=content.get("common", {}),
+        entries={name: entry or {} for name, entry in content["entries"].items()},
+        common=content.get("common") or {},
+        title=" ".join(content.get("title", "").split()),
     )
     if grid.baseline not in grid.entries:
         raise ValueError(f"{path}: baseline {grid.baseline!r} is none of the entries {', '.join(grid.entries)}")
+    before: set[str] = set()
+    for entry in grid.entries:
+        late = sorted(grid.needs(entry) - before)
+        if late:
+            raise ValueError(f"{path}: {entry} needs the run of {late[0]!r}, which is no entry before it")
+        before.add(entry)
     return grid
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one run came to, read from the files it wrote."""
+class Runs:
+    """The runs of a grid, which may wait for one another.
 
-    accuracy: float  #: top-1 in percent after the last step
-    curve: tuple[tuple[int, float], ...]  #: (step, top-1)
-    live_parameters: int
-    macs: float
-    images_per_second: float  #: median over the run; of runs side by side, so no measure of speed
-
-
-def read_outcome(folder: Path) -> Outcome | None:
-    """The outcome of a finished run; None where it is not finished."""
-    if not (folder / "sparse.safetensors").is_file():
-        return None
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    values: dict[str, list[tuple[int, float]]] = {}
-    for record in records:
-        for key, value in record.items():
-            if value is not None:
-                values.setdefault(key, []).append((record["step"], value))
-    curve = values.get("eval/ema_top1", values["eval/top1"])
-    return Outcome(
-        accuracy=curve[-1][1],
-        curve=tuple(curve),
-        live_parameters=int(values["budget/live_parameters"][-1][1]),
-        macs=values["budget/macs"][-1][1],
-        images_per_second=statistics.median(value for _, value in values["train/images_per_second"]),
-    )
-
-
-def run_one(grid: Grid, entry: str, seed: int, runs: Path, threads: int, extra: Sequence[str]) -> str | None:
-    """Train one entry with one seed in a process of its own; returns what went wrong, if anything did."""
-    folder = runs / f"{entry}-seed{seed}"
-    if read_outcome(folder) is not None:
-        return None
-    runs.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "experiments", "train", "--config", grid.recipe]
-    for name, content in (("common", grid.common), ("entry", grid.entries[entry])):
-        if content:
-            file = runs / f"{folder.name}.{name}.yaml"
-            file.write_text(yaml.safe_dump(dict(content)).replace("{seed}", str(seed)), encoding="utf-8")
-            command += ["--config", str(file)]
-    command += ["--training.seed", str(seed), "--output.runs", str(runs), "--output.name", folder.name, *extra]
-    command += ["--resume", "auto"]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with open(runs / f"{folder.name}.log", "a", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False).returncode
-    return None if code == 0 else f"{folder.name} ended with code {code}; see {runs / (folder.name + '.log')}"
-
-
-def summarize(grid: Grid, runs: Path) -> list[dict[str, Any]]:
-    """One row per entry that has finished runs: mean, spread, and the paired difference to the baseline.
-
-    The interval holds the mean difference with 95 % confidence (Student's t over the seeds).
+    Args:
+        folder: of the run folders.
+        threads: CPU threads of each run.
+        extra: options of ``train`` for all of them.
     """
-    outcomes = {
-        entry: {seed: outcome for seed in grid.seeds if (outcome := read_outcome(runs / f"{entry}-seed{seed}"))}
-        for entry in grid.entries
-    }
-    base = outcomes[grid.baseline]
-    rows = []
-    for entry, found in outcomes.items():
-        if not found:
-            continue
-        accuracies = [outcome.accuracy for outcome in found.values()]
-        row: dict[str, Any] = {
-            "entry": entry,
-            "seeds": len(found),
-            "top1_mean": statistics.mean(accuracies),
-            "top1_spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-            "top1": accuracies,
-            "live_parameters": next(iter(found.values())).live_parameters,
-            "macs": statistics.mean(outcome.macs for outcome in found.values()),
-            "curves": [outcome.curve for outcome in found.values()],
-        }
-        if base:
-            row["macs_ratio"] = row["macs"] / next(iter(base.values())).macs
-            row["live_ratio"] = row["live_parameters"] / next(iter(base.values())).live_parameters
-        differences = [found[seed].accuracy - base[seed].accuracy for seed in found if seed in base]
-        if entry != grid.baseline and differences:
-            row["difference"] = statistics.mean(differences)
-            if len(differences) > 1:
-                interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
-                row["interval"] = [float(interval.low), float(interval.high)]
-        rows.append(row)
-    return rows
 
+    def __init__(self, grid: Grid, folder: Path, threads: int, extra: Sequence[str]) -> None:
+        self.grid, self.folder, self.threads, self.extra = grid, folder, threads, extra
+        self._done = {task: threading.Event() for task in self.tasks()}
 
-def to_markdown(grid: Grid, rows: Sequence[Mapping[str, Any]], command: str) -> str:
-    """The report for people."""
-    lines = [
-        f"# {grid.name}",
-        "",
-        f"Recipe `{grid.recipe}`, seeds {', '.join(map(str, grid.seeds))}. Made by",
-        "",
-        f"    {command}",
-        "",
-        f"Top-1 in percent after the last step, mean and standard deviation over seeds; the difference to "
-        f"`{grid.baseline}` is paired by seed, with a 95 % interval (Student's t).",
-        "",
-        "| entry | seeds | top-1 | difference | 95 % interval | live parameters | share | live MACs | share |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        spread = f" ± {row['top1_spread']:.2f}" if row["top1_spread"] is not None else ""
-        difference = f"{row['difference']:+.2f}" if "difference" in row else ""
-        interval = f"{row['interval'][0]:+.2f} to {row['interval'][1]:+.2f}" if "interval" in row else ""
-        lines.append(
-            f"| {row['entry']} | {row['seeds']} | {row['top1_mean']:.2f}{spread} | {difference} | {interval} | "
-            f"{row['live_parameters']:,} | {row.get('live_ratio', 1):.3f} | {row['macs'] / 1e6:,.1f} M | "
-            f"{row.get('macs_ratio', 1):.3f} |"
-        )
-    base = next((row for row in rows if row["entry"] == grid.baseline), None)
-    if base is not None:
-        curve = base["curves"][0]
-        points = [curve[round(share * (len(curve) - 1))] for share in (0.25, 0.5, 0.75, 0.9, 1.0)]
-        text = ", ".join(f"{value:.2f} at step {step:,}" for step, value in points)
-        lines += ["", f"The curve of `{grid.baseline}` (first seed): {text}."]
-    return "\n".join(lines) + "\n"
+    def tasks(self) -> Iterator[tuple[str, int]]:
+        """Entry and seed; seed by seed, so that a grid that is cut off has whole comparisons."""
+        return ((entry, seed) for seed in self.grid.seeds for entry in self.grid.entries)
+
+    def path(self, entry: str, seed: int) -> Path:
+        """The folder of a run."""
+        return self.folder / f"{entry}-seed{seed}"
+
+    def all(self, jobs: int) -> list[str]:
+        """Train what is not trained yet, so many side by side; returns what went wrong."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # What a run needs has always been begun before it, so that waiting for it comes to an end.
+        with ThreadPoolExecutor(jobs) as pool:
+            return [failure for failure in pool.map(lambda task: self._one(*task), self.tasks()) if failure]
+
+    def _one(self, entry: str, seed: int) -> str | None:
+        try:
+            for needed in sorted(self.grid.needs(entry)):
+                self._done[needed, seed].wait()
+                if read_outcome(self.path(needed, seed)) is None:
+                    return f"{self.path(entry, seed).name} was not begun: {needed} did not end"
+            return self._train(entry, seed)
+        finally:
+            self._done[entry, seed].set()
+
+    def _train(self, entry: str, seed: int) -> str | None:
+        """Train in a process of its own; returns what went wrong, if anything did."""
+        folder = self.path(entry, seed)
+        if read_outcome(folder) is not None:
+            return None
+        command = [sys.executable, "-m", "experiments", "train", "--config", self.grid.recipe]
+        for name, content in (("common", self.grid.common), ("entry", self.grid.entries[entry])):
+            if content:
+                file = self.folder / f"{folder.name}.{name}.yaml"
+                file.write_text(self._filled_in(yaml.safe_dump(dict(content)), seed), encoding="utf-8")
+                command += ["--config", str(file)]
+        command += ["--training.seed", str(seed), "--output.runs", str(self.folder), "--output.name", folder.name]
+        command += [*self.extra, "--resume", "auto"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        log = self.folder / f"{folder.name}.log"
+        with open(log, "a", encoding="utf-8") as output:
+            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
+        return None if done.returncode == 0 else f"{folder.name} ended with code {done.returncode}; see {log}"
+
+    def _filled_in(self, text: str, seed: int) -> str:
+        text = NEEDED.sub(lambda match: str(self.path(match.group(1), seed)), text)
+        return text.replace("{seed}", str(seed))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run or go on with a grid, and write its report. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.grid", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("grid", type=Path, help="a grid file, such as experiments/recipes/grids/structured.yaml")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.grid",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="Options that are not listed go to every run, such as --training.epochs 1 to try a grid out.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("grid", type=Path, help="a grid file, such as experiments/recipes/grids/ablations.yaml")
+    parser.add_argument("--recipe", help="in place of the grid's; the results are then called GRID-RECIPE")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the run folders")
     parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="folder of the report")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--threads", type=int, default=0, help="threads of each; 0 shares the cores among the jobs")
     parser.add_argument("--report-only", action="store_true", help="only read what is there")
+    parser.add_argument(
+        "--measure", action="store_true", help="time training and inference of what is finished; on a quiet machine"
+    )
     options, extra = parser.parse_known_args(arguments)
     try:
         grid = read_grid(options.grid)
     except (OSError, ValueError, yaml.YAMLError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    runs = options.runs / grid.name
-    threads = options.threads or max(1, (os.cpu_count() or 1) // options.jobs)
-    failures = []
-    if not options.report_only:
-        # seed by seed, so that a grid that is cut off has whole comparisons
-        tasks = [(entry, seed) for seed in grid.seeds for entry in grid.entries]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            found = pool.map(lambda task: run_one(grid, task[0], task[1], runs, threads, extra), tasks)
-            failures = [failure for failure in found if failure]
-    rows = summarize(grid, runs)
+    command = ["python -m experiments.grid", str(options.grid)]
+    if options.recipe is not None:
+        grid = replace(grid, recipe=options.recipe, name=f"{grid.name}-{Path(options.recipe).stem}")
+        command += ["--recipe", options.recipe]
+    cores = os.cpu_count() or 1
+    runs = Runs(grid, options.runs / grid.name, options.threads or max(1, cores // max(1, options.jobs)), extra)
+    failures = [] if options.report_only else runs.all(max(1, options.jobs))
     for failure in failures:
         print(failure, file=sys.stderr)
+    outcomes = {
+        entry: {seed: found for seed in grid.seeds if (found := read_outcome(runs.path(entry, seed)))}
+        for entry in grid.entries
+    }
+    rows = summarize(outcomes, grid.baseline)
     if not rows:
-        print(f"{parser.prog}: error: no run of {grid.name} is finished in {runs}", file=sys.stderr)
+        print(f"{parser.prog}: error: no run of {grid.name} is finished in {runs.folder}", file=sys.stderr)
         return 1
-    command = " ".join(["python -m experiments.grid", str(options.grid), *extra])
+    data = options.results / f"{grid.name}.json"
+    known = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else {}
+    speeds = known.get("speeds", {})
+    if options.measure:
+        try:
+            with use_threads(options.threads or None):
+                finished = {entry: runs.path(entry, min(found)) for entry, found in outcomes.items() if found}
+                speeds = measure_speed(finished, grid.baseline)
+        except ConfigError as error:
+            print(f"{parser.prog}: error: {error}", file=sys.stderr)
+            return 1
     options.results.mkdir(parents=True, exist_ok=True)
-    (options.results / f"{grid.name}.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    text = to_markdown(grid, rows, command)
-    (options.results / f"{grid.name}.md").write_text(text, encoding="utf-8")
+    line = " ".join([*command, *extra])
+    content = {"command": line, "title": grid.title, "rows": rows, "speeds": speeds}
+    data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = to_markdown(grid.name, grid.title, grid.baseline, rows, speeds, line)
+    data.with_suffix(".md").write_text(text, encoding="utf-8")
+    draw(rows, grid.baseline, data.with_suffix(".png"))
     print(text)
     return 1 if failures else 0
 

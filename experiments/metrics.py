@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -12,19 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from experiments.data_batches import EvalBatches
+from experiments.precision import Autocast
 from experiments.processes import ALONE, Processes
 from models import tokens_per_block
 from models.token_selector import TopKSelector, kept_count
 from sparse_trainer.flops import Count, count
 from sparse_trainer.units import find_blocks
-
-Autocast = Callable[[], AbstractContextManager[object]]
-
-
-def precision_context(device: torch.device, amp: str) -> Autocast:
-    """Makes the context in which a model runs: autocast to ``amp``, or nothing for float32."""
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[amp]
-    return lambda: torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def count_correct(logits: Tensor, targets: Tensor) -> Tensor:

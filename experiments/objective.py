@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from experiments.config import ConfigError, LossConfig, RunConfig
 from experiments.losses import create_loss, distillation_loss, macs_loss
-from experiments.metrics import Autocast
+from experiments.precision import Autocast
 from experiments.processes import Processes
 from models import Selection
 from sparse_trainer.flops import model_macs

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from experiments.metrics import Autocast
+from experiments.precision import Autocast
 from models import Selection
 
 DIMMED = (0.42, 0.47, 0.60)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from experiments.config import RunConfig, flatten, naming
 from experiments.data import Data, create_mixup
-from experiments.metrics import Measured, TokenUse, count_used, known_tokens, measure, precision_context
+from experiments.metrics import Measured, TokenUse, count_used, known_tokens, measure
 from experiments.network import create_lr_schedule, create_network, create_optimizer
 from experiments.objective import Objective, check_target
 from experiments.parallel import averaging, in_parallel
 from experiments.plan import create_plan
+from experiments.precision import precision_context
 from experiments.pretrained import create_teacher
 from experiments.processes import ALONE, Processes
 from experiments.random_states import random_states, resume_random_states, seed_everything, seed_process

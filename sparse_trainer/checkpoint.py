@@ -124,11 +124,10 @@ def save_sparse(
             raise ValueError(f"{name}: only real tensors can be stored, found {type(tensor).__name__}")
         state[name] = tensor.detach().cpu()
     _check_masks(masks, state, info)
-    if create_model is not None or info.selector is None:
-        check_agreement(build_without_memory(info, create_model), state, info)
-
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         packed = pool.map(lambda name: _pack(name, state[name], masks[name], dtype), masks)
+        if create_model is not None or info.selector is None:  # meanwhile
+            check_agreement(build_without_memory(info, create_model), state, info)
         stored = {
             f"{name}.{part}": tensor
             for name, parts in zip(masks, packed, strict=True)

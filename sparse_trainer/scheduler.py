@@ -123,7 +123,7 @@ class SparsityScheduler:
         for rounding in sorted(roundings):
             warnings.warn(rounding, stacklevel=4)
         generator = torch.Generator().manual_seed(self.config.seed)
-        return UnitSwaps(self.model, heads, neurons, generator=generator, start=self.config.start, closure=closure)
+        return UnitSwaps(self.model, heads, neurons, self.config, generator=generator, closure=closure)
 
     def _live_target(self, prunable: Mapping[str, nn.Parameter]) -> int:
         """The budget in whole numbers; density counts against the *dense* network, units included."""
@@ -331,11 +331,9 @@ class SparsityScheduler:
             swaps, notes = self._units.update(
                 closure,
                 drop_fraction,
-                if_better=self.config.swap == "if_better",
                 optimizer=self._optimizer,
                 ema=averages,
                 masks=self.masks,
-                seed_second_moments=self.config.seed_second_moments,
             )
             fresh = self._units.fresh(swaps, self.masks)
         ranked = self._weights is None or self.config.grow == "random" or self._weights.growth.holds_gradient

@@ -11,6 +11,8 @@ from sparse_trainer.budget import DISTRIBUTIONS
 GROWTH = ("gradient", "random")
 SWAPS = ("always", "if_better")
 STARTS = ("random", "score")
+CANDIDATES = ("last", "first")
+UNIT_COUNTS = ("carry", "round_up")
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,13 @@ class SparsityConfig:
     """With the global distribution: share of its first live weights that a layer always keeps."""
     swap: str = "if_better"
     """Units: always replace the share that is due, or only if_better, where the estimated gain is greater."""
+    candidates: str = "last"
+    """What a dormant unit comes back with: the last values that it had, or its first, from before the training."""
+    unit_counts: str = "carry"
+    """Units are few: carry the fraction that is due over to the next update, or round_up at each (S2ViTE)."""
     start: str = "random"
-    """The first live units: random by the seed, or score (the best of a pretrained dense model)."""
+    """What is live first: random by the seed, or score (of a trained dense model the weights of greatest magnitude and
+    the units of greatest effect)."""
     seed_second_moments: bool = True
     """Start a grown element's second moments from its gradient (units: from the mean of the live ones), not 0."""
     include: tuple[str, ...] = ()
@@ -108,6 +115,8 @@ class SparsityConfig:
         check("grow", f"one of {', '.join(GROWTH)}", self.grow in GROWTH)
         check("swap", f"one of {', '.join(SWAPS)}", self.swap in SWAPS)
         check("start", f"one of {', '.join(STARTS)}", self.start in STARTS)
+        check("candidates", f"one of {', '.join(CANDIDATES)}", self.candidates in CANDIDATES)
+        check("unit_counts", f"one of {', '.join(UNIT_COUNTS)}", self.unit_counts in UNIT_COUNTS)
         steps_work = self.update_every is None or whole(self.update_every, 1)
         check("update_every", "a positive whole number of steps or null", steps_work)
         check("updates", "a whole number (0 or more) or null", self.updates is None or whole(self.updates, 0))

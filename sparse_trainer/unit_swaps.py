@@ -10,6 +10,7 @@ function, and the unit can learn from its first step.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from sparse_trainer.agreement import process_count, sum_over_processes
 from sparse_trainer.optimizer_state import is_second_moment, moments
+from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.units import UnitGroup, UnitSlice, constant_output, find_blocks, keep
 
 LossClosure = Callable[[], Tensor]
@@ -38,7 +40,9 @@ class Swap:
 class LiveUnits:
     """The live units and the candidates of one group (the heads, or the neurons, of one block)."""
 
-    def __init__(self, model: nn.Module, group: UnitGroup, live: Sequence[int]) -> None:
+    def __init__(
+        self, model: nn.Module, group: UnitGroup, live: Sequence[int], *, remember_first: bool = False
+    ) -> None:
         total = group.count()
         parameters = dict(model.named_parameters())
         self.group = group
@@ -46,13 +50,16 @@ class LiveUnits:
         self.live = list(live)  #: unit in each slot
         self.dormant = [unit for unit in range(total) if unit not in set(live)]  #: unit of each candidate
         self.candidates = {part.name: part.take(parameters[part.name].detach(), self.dormant) for part in group.slices}
+        #: All units of the group as they are now, where they are to come back like that; else empty.
+        self.first = {part.name: parameters[part.name].detach().clone() for part in group.slices if remember_first}
         self.credit = 0.0  #: share of a unit that is due to be replaced and was not yet
         self.explored = set(live)
         self.last = Swap((), (), ())
 
     def follow(self, parameters: Mapping[str, Tensor]) -> None:
         """Bring the candidates to the device and type of the model."""
-        self.candidates = {name: value.to(parameters[name]) for name, value in self.candidates.items()}
+        for tensors in (self.candidates, self.first):
+            tensors.update({name: value.to(parameters[name]) for name, value in tensors.items()})
 
     def masked_candidates(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The candidates as they would be if they came: under the mask of a slot, one slot after the other.
@@ -68,20 +75,22 @@ class LiveUnits:
                 part.units(masked[part.name]).mul_(mask[slots])
         return masked
 
-    def due(self, drop_fraction: float) -> tuple[int, float]:
+    def due(self, drop_fraction: float, *, round_up: bool = False) -> tuple[int, float]:
         """How many units this update replaces, and the fraction that is carried over to the next.
 
-        Units are few, so rounding up at every update would replace a third of three heads each time. Never the
-        last unit, and never more than there are candidates.
+        Units are few: to ``round_up`` at every update replaces a third of three heads each time. Never the last unit,
+        and never more than there are candidates.
         """
         credit = self.credit + drop_fraction * len(self.live)
-        return max(0, min(int(credit), len(self.dormant), len(self.live) - 1)), credit - int(credit)
+        whole = math.ceil(credit) if round_up else int(credit)
+        return max(0, min(whole, len(self.dormant), len(self.live) - 1)), max(0.0, credit - whole)
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "live": list(self.live),
             "dormant": list(self.dormant),
             "candidates": {name: value.clone() for name, value in self.candidates.items()},
+            "first": {name: value.clone() for name, value in self.first.items()},
             "credit": self.credit,
             "explored": sorted(self.explored),
             "last": [list(self.last.slots), list(self.last.removed), list(self.last.added)],
@@ -101,8 +110,9 @@ class LiveUnits:
         if sorted([*state["live"], *state["dormant"]]) != list(range(len(self.live) + len(self.dormant))):
             raise ValueError(f"{self.group.block}: the saved live and dormant {self.group.kind}s are not all of them")
         self.live, self.dormant = list(state["live"]), list(state["dormant"])
-        for name, value in state["candidates"].items():
-            self.candidates[name].copy_(value)
+        for what, tensors in (("candidates", self.candidates), ("first", self.first)):
+            for name, tensor in tensors.items():
+                tensor.copy_(state[what][name])
         self.credit = float(state["credit"])
         self.explored = set(state["explored"])
         slots, removed, added = state["last"]
@@ -118,8 +128,8 @@ class UnitSwaps:
         model: a timm ``VisionTransformer``, dense.
         heads, neurons: live units per block (see :func:`sparse_trainer.budget.count_units`).
         generator: draws the first live units.
-        start: ``random``, or ``score``: the best by the gate gradient of ``closure`` on the dense model; what is
-            removed then is folded into the output biases.
+        config: how units start, come back and are counted. With ``start: score`` the first are the best by the gate
+            gradient of ``closure`` on the dense model, and what is removed then is folded into the output biases.
         closure: the loss of one batch; needed by ``score``.
     """
 
@@ -128,12 +138,12 @@ class UnitSwaps:
         model: nn.Module,
         heads: Mapping[str, int],
         neurons: Mapping[str, int],
+        config: SparsityConfig,
         *,
         generator: torch.Generator,
-        start: str = "random",
         closure: LossClosure | None = None,
     ) -> None:
-        self.model = model
+        self.model, self.config = model, config
         self.blocks = find_blocks(model)
         wanted = [
             (group, count[name])
@@ -142,7 +152,8 @@ class UnitSwaps:
             if count[name] < group.count()
         ]
         scores: dict[int, Tensor] = {}
-        if start == "score":
+        by_score = config.start == "score"
+        if by_score:
             if closure is None:
                 raise ValueError(
                     'start: "score" needs the loss of a batch: SparsityScheduler(..., closure=lambda: loss)'
@@ -152,13 +163,13 @@ class UnitSwaps:
                 scores = dict(enumerate(_gate_scores(closure, gates)))
         self.groups: list[LiveUnits] = []
         for index, (group, count) in enumerate(wanted):
-            if start == "score":
+            if by_score:
                 chosen = scores[index].topk(count).indices
             else:
                 chosen = torch.randperm(group.count(), generator=generator)[:count]
             live = sorted(chosen.tolist())
-            self.groups.append(LiveUnits(model, group, live))
-            keep(model, group, live, fold_biases=start == "score")
+            self.groups.append(LiveUnits(model, group, live, remember_first=config.candidates == "first"))
+            keep(model, group, live, fold_biases=by_score)
 
     def live(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Live units by block, in slot order, of ``head`` or ``neuron``; all of them where none is dormant."""
@@ -178,23 +189,21 @@ class UnitSwaps:
         closure: LossClosure,
         drop_fraction: float,
         *,
-        if_better: bool,
         optimizer: torch.optim.Optimizer,
         ema: Mapping[str, Tensor],
         masks: Mapping[str, Tensor],
-        seed_second_moments: bool = True,
     ) -> tuple[dict[int, Swap], list[str]]:
         """Probe, choose, swap. Weights, gradients, moments, EMA and biases change together.
 
         Args:
             closure: the loss of one batch, a forward pass without backward.
-            if_better: replace a unit only where a candidate's estimate is greater than its own.
             masks: weight masks on the compact tensors; a slot keeps its mask, so the budget does not move.
 
         Returns:
             the swaps by index into :attr:`groups`, and warnings.
         """
-        due, credits = zip(*(units.due(drop_fraction) for units in self.groups), strict=True)
+        round_up = self.config.unit_counts == "round_up"
+        due, credits = zip(*(units.due(drop_fraction, round_up=round_up) for units in self.groups), strict=True)
         probed = [index for index, count in enumerate(due) if count]
         scores = []
         if probed:
@@ -209,12 +218,12 @@ class UnitSwaps:
         swaps, undone = {}, []
         for index, score in zip(probed, scores, strict=True):
             units = self.groups[index]
-            swap = _choose(units, score, due[index], parameters, if_better)
+            swap = _choose(units, score, due[index], parameters, self.config.swap == "if_better")
             if not swap.slots:
                 continue
             if set(swap.added) == set(units.last.removed) and set(swap.removed) == set(units.last.added):
                 undone.append(f"{units.group.block} ({units.group.kind}s)")
-            self._exchange(units, swap, parameters, optimizer, ema, masks, seed_second_moments)
+            self._exchange(units, swap, parameters, optimizer, ema, masks)
             units.last = swap
             swaps[index] = swap
         warnings = []
@@ -233,7 +242,6 @@ class UnitSwaps:
         optimizer: torch.optim.Optimizer,
         ema: Mapping[str, Tensor],
         masks: Mapping[str, Tensor],
-        seed_second_moments: bool,
     ) -> None:
         group = units.group
         slots = torch.tensor(swap.slots)
@@ -245,7 +253,10 @@ class UnitSwaps:
                     tensors[group.output_bias].data.add_(constant)
         for part in group.slices:
             parameter, store = parameters[part.name], units.candidates[part.name]
-            leaving = part.units(parameter.data)[slots].clone()
+            if part.name in units.first:
+                leaving = part.units(units.first[part.name])[torch.tensor(swap.removed)]
+            else:
+                leaving = part.units(parameter.data)[slots].clone()
             coming = part.units(store)[places].clone()
             part.units(store)[places] = leaving.to(store.dtype)
             if part in group.outputs:
@@ -258,7 +269,7 @@ class UnitSwaps:
             if parameter.grad is not None:
                 part.units(parameter.grad)[slots] = 0
             for key, value in moments(optimizer, parameter):
-                _restart_moments(part, key, value, slots, masks.get(part.name), seed_second_moments)
+                _restart_moments(part, key, value, slots, masks.get(part.name), self.config.seed_second_moments)
         for slot, place, removed, added in zip(swap.slots, places.tolist(), swap.removed, swap.added, strict=True):
             units.live[slot] = added
             units.dormant[place] = removed

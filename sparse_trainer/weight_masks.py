@@ -27,6 +27,7 @@ from sparse_trainer.masks import (
     prune_and_grow,
     random_mask,
     replaceable,
+    select_largest,
     unpack_bits,
     zero_dead,
 )
@@ -154,13 +155,18 @@ class WeightMasks:
         self.growth = GrowthGradient()
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self.allocation = allocate(shapes, live, config.distribution)
-        self.masks = {
-            name: random_mask(shape, self.allocation[name], self.generator).to(self.parameters[name].device)
-            for name, shape in shapes.items()
-        }
+        self.masks = {name: self._first_mask(name) for name in shapes}
         self._ever_live = {name: pack_bits(mask) for name, mask in self.masks.items()}
         self._handles: list[RemovableHandle] = []
         self.apply()
+
+    def _first_mask(self, name: str) -> Tensor:
+        """As many live elements as were allocated: of greatest magnitude where the weights are trained, else random."""
+        parameter, count = self.parameters[name], self.allocation[name]
+        if self.config.start == "score":
+            everything = torch.ones_like(parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
+            return select_largest(parameter.detach().abs().float().contiguous(), everything, count)[0]
+        return random_mask(tuple(parameter.shape), count, self.generator).to(parameter.device)
 
     @torch.no_grad()
     def apply(self) -> None:

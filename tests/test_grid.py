@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.grid import Grid, main, read_grid, summarize
+from experiments import grid_speed
+from experiments.grid import Grid, Runs, main, read_grid
+from experiments.grid_report import Outcome, describe_curve, interval, read_outcome, summarize
 
 RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"
 
@@ -21,11 +23,16 @@ def write_run(folder: Path, top1: list[float], live: int, macs: float) -> None:
 
 
 def test_the_comparison_by_hand(tmp_path: Path) -> None:
-    grid = Grid("g", "quickstart", (0, 1, 2), "dense", {"dense": {}, "half": {}, "unfinished": {}})
+    outcomes: dict[str, dict[int, Outcome]] = {"dense": {}, "half": {}, "unfinished": {}}
     for seed, (dense, half) in enumerate([(80.0, 81.0), (82.0, 82.0), (81.0, 83.0)]):
         write_run(tmp_path / f"dense-seed{seed}", [50.0, dense], 100, 1000.0)
         write_run(tmp_path / f"half-seed{seed}", [40.0, half], 50, 600.0)
-    dense_row, half_row = summarize(grid, tmp_path)
+        for entry in ("dense", "half"):
+            found = read_outcome(tmp_path / f"{entry}-seed{seed}")
+            assert found is not None
+            outcomes[entry][seed] = found
+    assert read_outcome(tmp_path / "unfinished-seed0") is None
+    dense_row, half_row = summarize(outcomes, "dense")
     assert dense_row["top1_mean"] == 81.0
     assert dense_row["top1_spread"] == 1.0
     # paired differences 1, 0, 2: mean 1, standard error 1 / sqrt(3), Student's t of 2 degrees at 97.5 % is 4.3027
@@ -34,7 +41,31 @@ def test_the_comparison_by_hand(tmp_path: Path) -> None:
     assert (half_row["live_ratio"], half_row["macs_ratio"]) == (0.5, 0.6)
 
 
-def test_a_grid_runs_goes_on_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interval_of_equal_differences() -> None:
+    assert interval([0.5, 0.5, 0.5]) == [0.5, 0.5]
+
+
+def test_whether_a_curve_is_flat() -> None:
+    """Means 10, 20, 30, 31, 32 of which the last quarter rises from 31 to 32; seeds differ by 0.5 or by 2."""
+    curves = [[(step, float(value)) for step, value in enumerate((10, 20, 30, 31, 32), start=1)]] * 2
+    row = {"entry": "dense", "curves": curves, "top1_spread": 0.5}
+    assert "In the last quarter of the run +1.00, more than the 0.50 by which seeds differ" in describe_curve(row)
+    assert "+1.00, less than the 2.00" in describe_curve({**row, "top1_spread": 2.0})
+    assert describe_curve({**row, "top1_spread": None}).endswith("+1.00.")
+
+
+def test_a_run_that_needs_another() -> None:
+    entries = {"dense": {}, "more": {"model": {"start": "{run:dense}"}, "losses": {"teacher": "{run:dense}"}}}
+    grid = Grid("g", "quickstart", (3,), "dense", entries)
+    assert (grid.needs("dense"), grid.needs("more")) == (set(), {"dense"})
+    runs = Runs(grid, Path("runs/g"), 1, [])
+    text = runs._filled_in(yaml.safe_dump({"start": "{run:dense}", "seed": "{seed}"}), 3)
+    assert yaml.safe_load(text) == {"start": "runs/g/dense-seed3", "seed": "3"}
+
+
+def test_a_grid_runs_goes_on_and_reports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     grid = {
         "recipe": "quickstart",
         "seeds": [0],
@@ -47,18 +78,42 @@ def test_a_grid_runs_goes_on_and_reports(tmp_path: Path, capsys: pytest.CaptureF
             "training": {"epochs": 1},
             "schedule": {"warmup_epochs": 0},
         },
-        "entries": {"dense": {"sparsity": None}, "half": {"sparsity": {"updates": 1}}},
+        "entries": {
+            "dense": {"sparsity": None},
+            "half": {"sparsity": {"updates": 1}},
+            "pruned": {"model": {"start": "{run:dense}"}, "sparsity": {"density": 0.3, "start": "score", "updates": 0}},
+            "tokens": {
+                "sparsity": None,
+                "model": {"start": "{run:dense}"},
+                # Half of the patches lie below it.
+                "selector": {"kind": "threshold", "stages": [1], "thresholds": [0.0045], "temperature": 2000},
+                "losses": {"macs_target": 0.7, "macs_weight": 500},
+            },
+        },
+        "title": "Is a grid run?",
     }
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(grid))
     options = [str(file), "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results"), "--threads", "1"]
-    assert main(options) == 0
+    assert main([*options, "--jobs", "2"]) == 0
     report = (tmp_path / "results" / "small.md").read_text()
-    assert "| dense | 1 |" in report
-    assert "| half | 1 |" in report
+    assert "Is a grid run?" in report
+    for entry in grid["entries"]:
+        assert f"| {entry} | 1 |" in report
+    assert (tmp_path / "results" / "small.png").read_bytes().startswith(b"\x89PNG")
     before = (tmp_path / "runs" / "small" / "half-seed0" / "sparse.safetensors").stat().st_mtime_ns
     assert main(options) == 0
     assert (tmp_path / "runs" / "small" / "half-seed0" / "sparse.safetensors").stat().st_mtime_ns == before
+    monkeypatch.setattr(grid_speed, "PAIRS", 1)
+    monkeypatch.setattr(grid_speed, "STEPS", 1)
+    assert main([*options, "--report-only", "--measure"]) == 0
+    content = json.loads((tmp_path / "results" / "small.json").read_text())
+    assert content["speeds"]["entries"]["half"]["step_seconds"] > 0
+    assert content["speeds"]["entries"]["half"]["kept"] is None
+    assert content["speeds"]["entries"]["tokens"]["kept"]["patches"] == 16
+    assert "Patches that images keep" in (tmp_path / "results" / "small.md").read_text()
+    assert main([*options, "--report-only"]) == 0  # what was timed stays
+    assert json.loads((tmp_path / "results" / "small.json").read_text()) == content
     capsys.readouterr()
     assert main([str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err.startswith("python -m experiments.grid: error:")
@@ -75,6 +130,9 @@ def test_a_wrong_grid(tmp_path: Path) -> None:
     file = tmp_path / "wrong.yaml"
     file.write_text("recipe: quickstart\nseeds: [0]\nbaseline: dense\nentries: {half: {}}\n")
     with pytest.raises(ValueError, match="baseline 'dense' is none of the entries half"):
+        read_grid(file)
+    file.write_text("recipe: quickstart\nseeds: [0]\nbaseline: a\nentries: {a: {model: {start: '{run:b}'}}, b: {}}\n")
+    with pytest.raises(ValueError, match="a needs the run of 'b', which is no entry before it"):
         read_grid(file)
     file.write_text("recipe: quickstart\n")
     with pytest.raises(ValueError, match="a grid has the keys"):

@@ -721,3 +721,16 @@ def test_updates_zero_and_stop_zero_keep_the_first_masks(tiny_deit: Factory) -> 
     scheduler, reports = train(tiny_deit(), SparsityConfig(updates=0, stop_at=0.0), 3)
     assert not reports
     assert scheduler.schedule.update_steps == ()
+
+
+def test_the_first_masks_of_a_trained_network_hold_its_greatest_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10))
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    scheduler = SparsityScheduler(model, SparsityConfig(density=0.3, start="score", updates=0), total_steps=10)
+    assert scheduler.budget.live == round(0.3 * (20 * 30 + 30 * 10))
+    for name, mask in scheduler.masks.items():
+        weight, after = before[name].abs(), dict(model.named_parameters())[name]
+        assert weight[mask].min() > weight[~mask].max()
+        assert torch.equal(after[mask], before[name][mask])
+        assert not after[~mask].any()

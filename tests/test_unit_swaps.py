@@ -167,7 +167,6 @@ def test_growth_preserves_the_function(tiny_deit: Factory, tiny_batch: Batch) ->
     swaps, _ = scheduler._units.update(
         lambda: F.cross_entropy(model(images), targets),
         0.5 / 1,
-        if_better=False,
         optimizer=optimizer,
         ema=dict(ema.module.named_parameters()),
         masks={},
@@ -187,7 +186,6 @@ def test_growth_preserves_the_function(tiny_deit: Factory, tiny_batch: Batch) ->
     scheduler._units.update(
         lambda: F.cross_entropy(only_heads(images), targets),
         0.5,
-        if_better=False,
         optimizer=optimizer,
         ema={},
         masks={},
@@ -208,7 +206,6 @@ def test_a_grown_neuron_preserves_the_function(tiny_deit: Factory, tiny_batch: B
     swaps, _ = scheduler._units.update(
         lambda: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]),
         0.5,
-        if_better=False,
         optimizer=optimizer,
         ema={},
         masks={},
@@ -348,6 +345,8 @@ def test_fractions_of_a_unit_are_carried_over(tiny_deit: Factory) -> None:
         return found
 
     assert counts(units, 0.2, 5) == [0, 0, 1, 0, 1]
+    units.credit = 0.0
+    assert [units.due(fraction, round_up=True) for fraction in (0.2, 0.5, 0.0)] == [(1, 0.0), (1, 0.0), (0, 0.0)]
     single = LiveUnits(model, find_blocks(model)["blocks.0"].heads, [0])
     assert counts(single, 1.0, 3) == [0, 0, 0]  # never the last
 
@@ -362,6 +361,33 @@ def test_swap_if_better_swaps_only_where_the_estimate_is_greater(tiny_deit: Fact
     update = train_step(model, scheduler, optimizer, ema, 0)
     assert update is not None
     assert not any(block.heads_added or block.neurons_added for block in update.blocks.values())
+
+
+@pytest.mark.parametrize("candidates", ["last", "first"])
+def test_what_a_unit_that_left_comes_back_with(tiny_deit: Factory, candidates: str) -> None:
+    """Its last values, or those from before the training; the state carries them over a restart."""
+    model = tiny_deit()
+    first = {name: value.clone() for name, value in model.named_parameters()}
+    scheduler, optimizer, ema = prepare(model, structured(candidates=candidates, neuron_density=1.0), lr=0.1)
+    last = {}
+    for step in range(2):
+        slots = {name: list(heads) for name, heads in scheduler.live_heads.items()}
+        last = {name: value.detach().clone() for name, value in model.named_parameters()}
+        update = train_step(model, scheduler, optimizer, ema, step)
+        assert update is not None
+        for block, report in update.blocks.items():
+            assert scheduler._units is not None
+            (units,) = (units for units in scheduler._units.groups if units.group.block == block)
+            for removed in report.heads_removed:
+                for part in units.group.slices:
+                    stored = part.units(units.candidates[part.name])[units.dormant.index(removed)]
+                    if candidates == "first":
+                        assert torch.equal(stored, part.units(first[part.name].detach())[removed])
+                    else:
+                        before = part.units(last[part.name])[slots[block].index(removed)]
+                        assert torch.allclose(stored, before, atol=0.2)  # one step of 0.1 later
+    state = scheduler.state_dict()["units"]["blocks.0.head"]
+    assert set(state["first"]) == (set() if candidates == "last" else set(state["candidates"]))
 
 
 def test_report_tells_who_left_and_who_came(tiny_deit: Factory) -> None:

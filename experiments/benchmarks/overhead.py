@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from experiments.benchmarks.setting import Setting, Weights, make_batch, make_model, training_step
-from experiments.timing import Figure, paired, timed
+from experiments.timing import Figure, summarize, timed
 from sparse_trainer import SparsityConfig, SparsityScheduler
 
 
@@ -29,14 +29,23 @@ def benchmark_overhead(setting: Setting, weights: Weights) -> list[Figure]:
     attached: list[bool] = []
     step = training_step(model, setting, lambda: scheduler.step() if attached else None, optimizer)
 
-    def with_scheduler() -> None:
-        scheduler.attach(optimizer)
-        attached.append(True)
-        step()
-        scheduler.detach()
-        attached.clear()
+    def time_step(under_scheduler: bool) -> float:
+        if under_scheduler:
+            scheduler.attach(optimizer)
+            attached.append(True)
+        step()  # the first step after attach() brings weights and moments in line once, which is no step's cost
+        seconds = timed(step, device)
+        if under_scheduler:
+            scheduler.detach()
+            attached.clear()
+        return seconds
 
-    steps = paired(step, with_scheduler, device=device, pairs=setting.pairs)
+    times = []
+    for index in range(1 + setting.pairs):
+        first = index % 2 == 1
+        seconds = {under: time_step(under) for under in (first, not first)}
+        times.append((seconds[False], seconds[True]))
+    steps = summarize(times[1:])
     masks = scheduler.masks
     gradients = [torch.randn_like(parameter) for name, parameter in model.named_parameters() if name in masks]
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from experiments.config import ConfigError, choose_device, naming
 from experiments.data import DataConfig, create_data
-from experiments.metrics import precision_context
+from experiments.precision import precision_context
 from models import create_model
 from sparse_trainer import flops
 from sparse_trainer.units import compact, find_blocks

@@ -14,8 +14,8 @@ from experiments.augment import normalize
 from experiments.config import ConfigError
 from experiments.data_config import DataConfig
 from experiments.evaluate import data_of, open_eval_data
-from experiments.metrics import precision_context
 from experiments.overlay import draw, examples
+from experiments.precision import precision_context
 from models import Selection, create_model
 from sparse_trainer.checkpoint import SparseInfo, load_sparse, read_info
 

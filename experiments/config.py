@@ -203,7 +203,7 @@ class TrainingConfig:
     compile: bool = False
     """Run the model through torch.compile."""
     clip_grad: float | None = None
-    """Greatest norm of the gradient; null for no clipping."""
+    """Greatest norm of the gradient, that of a selector's thresholds left out; null for no clipping."""
     ema_decay: float | None = None
     """Keep an exponential moving average of the weights, such as 0.99996; it is then what is saved at the end."""
     ema_warmup: bool = False

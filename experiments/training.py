@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,7 +32,7 @@ from experiments.same_run import (
     check_same_settings,
 )
 from experiments.trouble import Recording, explain
-from models.token_selector import TopKSelector
+from models.token_selector import ThresholdSelector, TopKSelector
 from sparse_trainer.agreement import DisagreementError
 from sparse_trainer.budget import Budget
 from sparse_trainer.flops import Count
@@ -42,6 +42,11 @@ from sparse_trainer.scheduler import SparsityScheduler, prunable_weights
 
 class TrainingError(RuntimeError):
     """A run that cannot go on; the message is one line for the user."""
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Of all gradients together, a scalar."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,11 @@ class Trainer:
         if training.ema_decay is not None:
             self.ema = ModelEmaV3(self.model, decay=training.ema_decay, use_warmup=training.ema_warmup)
         self.optimizer = create_optimizer(self.model, config.optimizer)
+        # The slope at a threshold is in the thousands: its gradient would be all of the norm, and clipping by it would
+        # scale the network's own gradient by chance.
+        own = list(selector.parameters()) if isinstance(selector, ThresholdSelector) else []
+        self._unclipped: list[nn.Parameter] = own
+        self._clipped = [p for p in self.model.parameters() if not any(p is other for other in own)]
         if self.sparsity is not None:
             with naming("optimizer"):
                 self.sparsity.attach(self.optimizer, ema=self.ema.module if self.ema is not None else None)
@@ -209,15 +219,16 @@ class Trainer:
             cast(Any, self.model).set_progress(self.tried / self.plan.total_steps)
         recording = Recording(self.model, self.device) if self._is_last_chance else None
         found, kept, last = self._collect_gradients(recording)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        bad, stops, failed = self._agree(found, kept, norm, stop)
+        norm = gradient_norm(self._clipped)
+        whole_norm = norm + gradient_norm(self._unclipped)
+        bad, stops, failed = self._agree(found, kept, whole_norm, stop)
         if failed:
             errors = self.processes.gather(self._data_error and str(self._data_error))
             raise TrainingError("; ".join(f"{error} (process {rank})" for rank, error in enumerate(errors) if error))
         reason = ""
         if bad and recording is not None:
             reason = explain(recording, self.objective, self.processes, self.scaler.scale)
-        self._move_weights(norm, bad)
+        self._move_weights(norm, bad, overflowed=whole_norm)
         update, notes = self._update_masks(*last)
         self.optimizer.zero_grad(set_to_none=True)
         self.tried += 1
@@ -233,7 +244,7 @@ class Trainer:
         if reason:
             raise TrainingError(
                 f"step {self.tried}: loss or gradient was not finite in {self.bad_in_a_row} steps in a row "
-                f"(loss {float(found['loss']):g}, gradient norm {float(norm):g}); {reason}; a lower optimizer.lr, "
+                f"(loss {float(found['loss']):g}, gradient norm {float(whole_norm):g}); {reason}; a lower optimizer.lr, "
                 "training.clip_grad or another training.amp may help"
             )
         return StepResult(not bad, update, notes, stops)
@@ -267,15 +278,19 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         return found, kept, (images, targets)
 
-    def _move_weights(self, norm: Tensor, bad: bool) -> None:
-        """The optimizer's step, along a gradient whose ``norm`` is known; nothing where something is bad."""
-        if bad and self.scaler.is_enabled() and bool(norm.isfinite()):
+    def _move_weights(self, norm: Tensor, bad: bool, *, overflowed: Tensor) -> None:
+        """The optimizer's step, along a gradient whose ``norm`` is known; nothing where something is bad.
+
+        Args:
+            overflowed: not finite if any gradient is not.
+        """
+        if bad and self.scaler.is_enabled() and bool(overflowed.isfinite()):
             self.scaler.update(self.scaler.get_scale())  # no gradient overflowed: the scale may stay
             return
         if not bad:
             limit = self.config.training.clip_grad
             if limit is not None:
-                torch.nn.utils.clip_grads_with_norm_(list(self.model.parameters()), limit, norm)
+                torch.nn.utils.clip_grads_with_norm_(self._clipped, limit, norm)
             self.scaler.step(self.optimizer)
         self.scaler.update()
 

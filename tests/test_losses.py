@@ -129,6 +129,19 @@ def test_thresholds_may_learn_more_slowly_than_the_rest() -> None:
     assert len(owned) == len({id(parameter) for parameter in owned}) == len(before)
 
 
+def test_thresholds_do_not_scale_the_gradient_of_the_network(adaptive: dict[str, Any]) -> None:
+    """Their slope is in the thousands; clipped together with it the network would hardly be heard."""
+    trainer = no_noise(adaptive, {"training": {"clip_grad": 1.0}})
+    seen: dict[str, torch.Tensor] = {}
+    for name, parameter in trainer.model.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p, name=name: seen.update({name: p.grad.clone()}))
+    trainer.train_step()
+    slope = seen.pop("selector.thresholds").norm()
+    norm = torch.stack([gradient.norm() for gradient in seen.values()]).norm()
+    assert slope > 10 * norm
+    assert trainer.take_running()["train/grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+
+
 def test_mean_macs_are_not_the_macs_of_the_mean(tiny_deit: Callable[..., nn.Module]) -> None:
     """Attention of 5 and 15 tokens costs (25 + 225) / 2, not 10 squared; the rest is linear."""
     model = tiny_deit()

@@ -244,8 +244,8 @@ class Trainer:
         if reason:
             raise TrainingError(
                 f"step {self.tried}: loss or gradient was not finite in {self.bad_in_a_row} steps in a row "
-                f"(loss {float(found['loss']):g}, gradient norm {float(whole_norm):g}); {reason}; a lower optimizer.lr, "
-                "training.clip_grad or another training.amp may help"
+                f"(loss {float(found['loss']):g}, gradient norm {float(whole_norm):g}); {reason}; a lower "
+                "optimizer.lr, training.clip_grad or another training.amp may help"
             )
         return StepResult(not bad, update, notes, stops)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from sparse_trainer.masks import zero_dead
+from sparse_trainer.masks import count_live, zero_dead
 
 SUPPORTED = {
     "torch.optim": ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adadelta"),
@@ -99,21 +99,35 @@ def carry_over(
     optimizer: torch.optim.Optimizer,
     parameter: nn.Parameter,
     live: Tensor,
-    growth_gradient: Tensor | None,
+    added: Tensor,
+    second_moments: str,
+    growth_gradient: Tensor | None = None,
 ) -> None:
     """Bring the moments of ``parameter`` in line with its new mask.
 
     Where a weight died all moments become 0. Where one grew the first moment is 0 already, and the second starts
-    at the square of the gradient that grew it: left at 0, the bias correction of Adam, which knows only the step
-    number, would make the first step about 3.2 times the learning rate.
+
+    - ``mean``: at the mean of those that stay live. The grown weight then learns as fast as its neighbours.
+    - ``gradient``: at the square of the gradient that grew it. That was the greatest of many noisy ones, so it is far
+      above what the weight will see, and fades only over ``1 / (1 - beta2)`` steps: until then the weight hardly moves,
+      and is the first to be pruned again.
+    - ``zero``: the bias correction of Adam, which knows only the step number, then makes the first step about 3.2 times
+      the learning rate.
 
     Args:
         live: bool, the mask after the update.
+        added: bool, the weights that this update grew.
+        second_moments: which of the three; without a gradient ``gradient`` means ``mean``.
         growth_gradient: mean gradient at the weights that this update grew, 0 at all others, in the units in
-            which the optimizer sees gradients; None leaves second moments at 0.
+            which the optimizer sees gradients.
     """
     for key, value in moments(optimizer, parameter):
         zero_dead(value, live)
-        if is_second_moment(key) and growth_gradient is not None:
+        if not is_second_moment(key) or second_moments == "zero":
+            continue
+        if second_moments == "gradient" and growth_gradient is not None:
             seed = growth_gradient.to(value.dtype)
             value.addcmul_(seed, seed)
+        else:
+            stay = (count_live(live) - count_live(added)) or 1
+            value.add_(added * (value.sum() / stay))

@@ -13,6 +13,7 @@ SWAPS = ("always", "if_better")
 STARTS = ("random", "score")
 CANDIDATES = ("last", "first")
 UNIT_COUNTS = ("carry", "round_up")
+MOMENT_STARTS = ("mean", "gradient", "zero")
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,9 @@ class SparsityConfig:
     start: str = "random"
     """What is live first: random by the seed, or score (of a trained dense model the weights of greatest magnitude and
     the units of greatest effect)."""
-    seed_second_moments: bool = True
-    """Start a grown element's second moments from its gradient (units: from the mean of the live ones), not 0."""
+    second_moments: str = "mean"
+    """Where the second moments of a grown weight or unit start: at the mean of the live ones of its tensor, at the
+    square of the gradient that grew it (weights alone), or at zero."""
     include: tuple[str, ...] = ()
     """Name patterns (as in a shell) of the weights to prune; empty for every Linear and Conv2d weight."""
     exclude: tuple[str, ...] = ()
@@ -132,7 +134,7 @@ class SparsityConfig:
         check("stop_at", "a share in [0, 1]", share(self.stop_at, zero=True))
         check("growth_batches", "a positive whole number of micro-batches", whole(self.growth_batches, 1))
         check("regrow", "true or false", isinstance(self.regrow, bool))
-        check("seed_second_moments", "true or false", isinstance(self.seed_second_moments, bool))
+        check("second_moments", f"one of {', '.join(MOMENT_STARTS)}", self.second_moments in MOMENT_STARTS)
         check("seed", "a whole number (0 or more)", whole(self.seed, 0))
         check("floor", "a share in [0, 1]", share(self.floor, zero=True))
         return problems

@@ -5,7 +5,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from sparse_trainer.optimizer_state import SUPPORTED, check_supported, moments
+from sparse_trainer.optimizer_state import SUPPORTED, carry_over, check_supported, moments
 
 NAMES = [
     *("sgd", "momentum", "sgdw", "sgdp", "adam", "adamw", "adamwlegacy", "nadam", "nadamw", "radam", "adamp"),
@@ -66,3 +66,32 @@ def test_a_subclass_with_state_of_its_own_is_caught() -> None:
     optimizer.state[layer.weight]["secret"] = torch.ones(2, 2)
     with pytest.raises(ValueError, match="'secret' holds one value per weight"):
         list(moments(optimizer, layer.weight))
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [("mean", [1.0, 0.0, 3.0, 2.0]), ("gradient", [1.0, 0.0, 3.0, 25.0]), ("zero", [1.0, 0.0, 3.0, 0.0])],
+)
+def test_moments_follow_the_mask_by_hand(start: str, expected: list[float]) -> None:
+    """The second of four weights dies, the last one grows by a gradient of 5; those that stay have 1 and 3."""
+    layer = nn.Linear(4, 1, bias=False)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    optimizer.state[layer.weight] = {
+        "step": torch.tensor(7.0),
+        "exp_avg": torch.tensor([[0.1, 0.2, 0.3, 0.0]]),
+        "exp_avg_sq": torch.tensor([[1.0, 9.0, 3.0, 0.0]]),
+    }
+    live, added = torch.tensor([[True, False, True, True]]), torch.tensor([[False, False, False, True]])
+    carry_over(optimizer, layer.weight, live, added, start, torch.tensor([[0.0, 0.0, 0.0, -5.0]]))
+    state = optimizer.state[layer.weight]
+    assert torch.equal(state["exp_avg"], torch.tensor([[0.1, 0.0, 0.3, 0.0]]))
+    assert torch.equal(state["exp_avg_sq"], torch.tensor([expected]))
+
+
+def test_moments_where_nothing_stays() -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    optimizer.state[layer.weight] = {"exp_avg_sq": torch.tensor([[4.0, 0.0]])}
+    live = torch.tensor([[False, True]])
+    carry_over(optimizer, layer.weight, live, live.clone(), "mean")
+    assert torch.equal(optimizer.state[layer.weight]["exp_avg_sq"], torch.zeros(1, 2))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -187,11 +188,15 @@ def test_update_equals_the_pure_functions(tiny_deit: Factory, tiny_batch: Batch)
         assert report.layers[name].grown == int(expected.added.sum())
 
 
+SEEDED = SparsityConfig(update_every=1, drop_fraction=0.3, second_moments="gradient")
+"""The second moments of what grew tell by which gradient it did."""
+
+
 def one_update(
     model: nn.Module, backward: Callable[[Tensor], None], batch: Batch, accumulate: int = 1, clip: float | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Masks after one update, and the second moments of what grew."""
-    scheduler = SparsityScheduler(model, SparsityConfig(update_every=1, drop_fraction=0.3), total_steps=10)
+    scheduler = SparsityScheduler(model, SEEDED, total_steps=10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999))
     scheduler.attach(optimizer)
     before = {name: mask.clone() for name, mask in scheduler.masks.items()}
@@ -235,7 +240,7 @@ def dense_gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 def test_grad_scaler_gives_the_same_growth(tiny_deit: Factory, tiny_batch: Batch) -> None:
     masks, seeds = one_update(tiny_deit(), lambda loss: loss.backward(), tiny_batch)
     model = tiny_deit()
-    scheduler = SparsityScheduler(model, SparsityConfig(update_every=1, drop_fraction=0.3), total_steps=10)
+    scheduler = SparsityScheduler(model, SEEDED, total_steps=10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler.attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -529,7 +534,7 @@ def update_masks(
     model: nn.Module, batch: Batch, run: Callable[[torch.optim.Optimizer, Callable[[], Tensor]], None]
 ) -> Any:
     """One update of a loop of its own kind; masks and moments after it."""
-    scheduler = SparsityScheduler(model, SparsityConfig(update_every=1, drop_fraction=0.3), total_steps=10)
+    scheduler = SparsityScheduler(model, SEEDED, total_steps=10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     scheduler.attach(optimizer)
     run(optimizer, lambda: F.cross_entropy(model(batch[0]), batch[1]))
@@ -562,7 +567,7 @@ def test_a_fused_optimizer_seeds_moments_without_the_loss_scale(tiny_deit: Facto
     seeds = []
     for fused in (False, True):
         model = tiny_deit()
-        scheduler = SparsityScheduler(model, SparsityConfig(update_every=1, drop_fraction=0.3), total_steps=10)
+        scheduler = SparsityScheduler(model, SEEDED, total_steps=10)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
         scheduler.attach(optimizer)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
@@ -701,7 +706,7 @@ def test_seeds_are_the_mean_over_several_steps(tiny_deit: Factory, tiny_batch: B
 
     def seeds(batches_each: int, every: int) -> Tensor:
         model = tiny_deit()
-        config = SparsityConfig(update_every=every, growth_batches=batches_each, drop_fraction=0.3)
+        config = replace(SEEDED, update_every=every, growth_batches=batches_each)
         scheduler = SparsityScheduler(model, config, total_steps=100)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.999))
         scheduler.attach(optimizer)

@@ -13,7 +13,8 @@ SWAPS = ("always", "if_better")
 STARTS = ("random", "score")
 CANDIDATES = ("last", "first")
 UNIT_COUNTS = ("carry", "round_up")
-MOMENT_STARTS = ("mean", "gradient", "zero")
+WEIGHT_MOMENTS = ("zero", "mean", "gradient")
+UNIT_MOMENTS = ("mean", "zero")
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,11 @@ class SparsityConfig:
     start: str = "random"
     """What is live first: random by the seed, or score (of a trained dense model the weights of greatest magnitude and
     the units of greatest effect)."""
-    second_moments: str = "mean"
-    """Where the second moments of a grown weight or unit start: at the mean of the live ones of its tensor, at the
-    square of the gradient that grew it (weights alone), or at zero."""
+    weight_moments: str = "zero"
+    """Where the second moments of a grown weight start: at zero, so that it moves fast before it is judged by its
+    magnitude; at the mean of the live ones of its tensor; or at the square of the gradient that grew it."""
+    unit_moments: str = "mean"
+    """The same of a unit: at the mean of the live ones, or at zero."""
     include: tuple[str, ...] = ()
     """Name patterns (as in a shell) of the weights to prune; empty for every Linear and Conv2d weight."""
     exclude: tuple[str, ...] = ()
@@ -134,7 +137,8 @@ class SparsityConfig:
         check("stop_at", "a share in [0, 1]", share(self.stop_at, zero=True))
         check("growth_batches", "a positive whole number of micro-batches", whole(self.growth_batches, 1))
         check("regrow", "true or false", isinstance(self.regrow, bool))
-        check("second_moments", f"one of {', '.join(MOMENT_STARTS)}", self.second_moments in MOMENT_STARTS)
+        check("weight_moments", f"one of {', '.join(WEIGHT_MOMENTS)}", self.weight_moments in WEIGHT_MOMENTS)
+        check("unit_moments", f"one of {', '.join(UNIT_MOMENTS)}", self.unit_moments in UNIT_MOMENTS)
         check("seed", "a whole number (0 or more)", whole(self.seed, 0))
         check("floor", "a share in [0, 1]", share(self.floor, zero=True))
         return problems

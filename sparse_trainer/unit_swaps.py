@@ -269,7 +269,7 @@ class UnitSwaps:
             if parameter.grad is not None:
                 part.units(parameter.grad)[slots] = 0
             for key, value in moments(optimizer, parameter):
-                _restart_moments(part, key, value, slots, masks.get(part.name), self.config.second_moments != "zero")
+                _restart_moments(part, key, value, slots, masks.get(part.name), self.config.unit_moments == "mean")
         for slot, place, removed, added in zip(swap.slots, places.tolist(), swap.removed, swap.added, strict=True):
             units.live[slot] = added
             units.dormant[place] = removed

@@ -288,7 +288,7 @@ class WeightMasks:
             zero_dead(average, mask.to(average.device))
         if gradient is not None:
             zero_dead(gradient, change.added)
-        carry_over(optimizer, parameter, mask, change.added, self.config.second_moments, gradient)
+        carry_over(optimizer, parameter, mask, change.added, self.config.weight_moments, gradient)
         self._ever_live[name] |= pack_bits(mask)
         return LayerUpdate(
             pruned=count_live(change.removed),

@@ -188,7 +188,7 @@ def test_update_equals_the_pure_functions(tiny_deit: Factory, tiny_batch: Batch)
         assert report.layers[name].grown == int(expected.added.sum())
 
 
-SEEDED = SparsityConfig(update_every=1, drop_fraction=0.3, second_moments="gradient")
+SEEDED = SparsityConfig(update_every=1, drop_fraction=0.3, weight_moments="gradient")
 """The second moments of what grew tell by which gradient it did."""
 
 

@@ -98,15 +98,25 @@ class Runs:
         folder: of the run folders.
         threads: CPU threads of each run.
         extra: options of ``train`` for all of them.
+        only: entries to train, and what they need; all of them, if None.
     """
 
-    def __init__(self, grid: Grid, folder: Path, threads: int, extra: Sequence[str]) -> None:
+    def __init__(
+        self, grid: Grid, folder: Path, threads: int, extra: Sequence[str], only: Sequence[str] | None = None
+    ) -> None:
         self.grid, self.folder, self.threads, self.extra = grid, folder, threads, extra
+        self.entries = [entry for entry in grid.entries if only is None or entry in self._with_needs(only)]
         self._done = {task: threading.Event() for task in self.tasks()}
 
     def tasks(self) -> Iterator[tuple[str, int]]:
         """Entry and seed; seed by seed, so that a grid that is cut off has whole comparisons."""
-        return ((entry, seed) for seed in self.grid.seeds for entry in self.grid.entries)
+        return ((entry, seed) for seed in self.grid.seeds for entry in self.entries)
+
+    def _with_needs(self, entries: Sequence[str]) -> set[str]:
+        found = set(entries)
+        for entry in entries:
+            found |= self._with_needs(sorted(self.grid.needs(entry)))
+        return found
 
     def path(self, entry: str, seed: int) -> Path:
         """The folder of a run."""
@@ -167,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=Path("experiments/results"), help="folder of the report")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--threads", type=int, default=0, help="threads of each; 0 shares the cores among the jobs")
+    parser.add_argument("--only", nargs="+", metavar="ENTRY", help="train these, and what they need")
     parser.add_argument("--report-only", action="store_true", help="only read what is there")
     parser.add_argument(
         "--measure", action="store_true", help="time training and inference of what is finished; on a quiet machine"
@@ -174,6 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, extra = parser.parse_known_args(arguments)
     try:
         grid = read_grid(options.grid)
+        odd = sorted(set(options.only or ()) - set(grid.entries))
+        if odd:
+            raise ValueError(f"--only: {odd[0]!r} is none of the entries {', '.join(grid.entries)}")
     except (OSError, ValueError, yaml.YAMLError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -182,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         grid = replace(grid, recipe=options.recipe, name=f"{grid.name}-{Path(options.recipe).stem}")
         command += ["--recipe", options.recipe]
     cores = os.cpu_count() or 1
-    runs = Runs(grid, options.runs / grid.name, options.threads or max(1, cores // max(1, options.jobs)), extra)
+    threads = options.threads or max(1, cores // max(1, options.jobs))
+    runs = Runs(grid, options.runs / grid.name, threads, extra, options.only)
     failures = [] if options.report_only else runs.all(max(1, options.jobs))
     for failure in failures:
         print(failure, file=sys.stderr)

@@ -58,6 +58,8 @@ def test_a_run_that_needs_another() -> None:
     entries = {"dense": {}, "more": {"model": {"start": "{run:dense}"}, "losses": {"teacher": "{run:dense}"}}}
     grid = Grid("g", "quickstart", (3,), "dense", entries)
     assert (grid.needs("dense"), grid.needs("more")) == (set(), {"dense"})
+    assert list(Runs(grid, Path("runs/g"), 1, [], ["more"]).tasks()) == [("dense", 3), ("more", 3)]
+    assert list(Runs(grid, Path("runs/g"), 1, [], ["dense"]).tasks()) == [("dense", 3)]
     runs = Runs(grid, Path("runs/g"), 1, [])
     text = runs._filled_in(yaml.safe_dump({"start": "{run:dense}", "seed": "{seed}"}), 3)
     assert yaml.safe_load(text) == {"start": "runs/g/dense-seed3", "seed": "3"}
@@ -115,6 +117,8 @@ def test_a_grid_runs_goes_on_and_reports(
     assert main([*options, "--report-only"]) == 0  # what was timed stays
     assert json.loads((tmp_path / "results" / "small.json").read_text()) == content
     capsys.readouterr()
+    assert main([*options, "--only", "hlaf"]) == 2
+    assert "--only: 'hlaf' is none of the entries dense, half" in capsys.readouterr().err
     assert main([str(tmp_path / "none.yaml")]) == 2
     assert capsys.readouterr().err.startswith("python -m experiments.grid: error:")
 

@@ -6,10 +6,12 @@ of one, and nothing here makes it wait or talk.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -23,6 +25,8 @@ from experiments.config import ConfigError
 
 PATIENCE = timedelta(minutes=30)
 """How long one process waits for another before it gives up; the first may decode a whole data set meanwhile."""
+GRACE = timedelta(seconds=10)
+"""How long a process that is about to end waits for the others."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,30 @@ class Processes:
     def wait(self) -> None:
         """Return when all processes have come here."""
         self.any(False)
+
+    def part(self) -> None:
+        """Return when all processes have come here, or one is gone, or in :data:`GRACE`: nobody needs another any more.
+
+        Whoever leaves while another still hears the last answer takes that one down too. This answer nobody needs.
+        """
+        with suppress(RuntimeError):
+            self.lowest(0)
+
+    def lowest(self, value: int) -> int:
+        """The least ``value`` of all processes, which come here in :data:`GRACE` or not at all.
+
+        Raises:
+            RuntimeError: they do not, or one is gone; nothing can be said to the others any more.
+        """
+        found = torch.tensor([value])
+        if self.size > 1:
+            group = dist.group.WORLD
+            assert group is not None
+            options = dist.AllreduceOptions()
+            # A limit to the waiting alone would leave a thread that keeps this process from ending.
+            options.reduceOp, options.timeout = dist.ReduceOp.MIN, GRACE
+            group.allreduce([found], options).wait(GRACE)
+        return int(found)
 
     def share(self, value: Any) -> Any:
         """What the first process has as ``value``: numbers, strings, lists and dictionaries, as JSON knows them."""
@@ -151,6 +179,9 @@ def find_processes(environment: Mapping[str, str]) -> Processes:
 def join_processes(device: str) -> Iterator[Processes]:
     """Meet the other processes that ``torchrun`` started, and part from them at the end.
 
+    The group is gone after the block, and its threads with it: one that is left while the interpreter ends, and gives
+    back a tensor then, aborts the process.
+
     Args:
         device: "cpu", or "cuda" for one GPU a process.
 
@@ -175,5 +206,9 @@ def join_processes(device: str) -> Iterator[Processes]:
         ) from error
     try:
         yield processes
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # what they hold holds the group
+        raise
     finally:
         dist.destroy_process_group()
+        gc.collect()  # torch's DistributedDataParallel holds it too, in a circle

@@ -8,6 +8,7 @@ from typing import Any
 from experiments.config import ConfigError, RunConfig, flatten
 from experiments.data import Data
 from experiments.processes import Processes
+from sparse_trainer.tensor_file import quote
 
 MAY_CHANGE = (
     "output.",
@@ -36,7 +37,7 @@ def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         ConfigError: naming every such setting.
     """
     odd = [
-        f"{key}: {now.get(key)!r} differs from {saved.get(key)!r}"
+        f"{key}: {now.get(key)!r} differs from {quote(saved.get(key), 300)}"
         for key in sorted({*saved, *now})
         if saved.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
     ]

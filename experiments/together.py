@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-
-import torch
-import torch.distributed as dist
 
 from experiments.processes import Processes
-
-GRACE = timedelta(seconds=10)
-"""How long a process that met an error waits for the others to meet it too."""
 
 
 class FailedElsewhere(Exception):
@@ -56,10 +49,7 @@ def speaks(processes: Processes) -> bool:
     """
     if processes.size == 1:
         return True
-    first = torch.tensor([processes.rank])
     try:
-        work = dist.all_reduce(first, op=dist.ReduceOp.MIN, async_op=True)
-        work.wait(GRACE)
+        return processes.lowest(processes.rank) == processes.rank
     except RuntimeError:  # they do not come, or are gone
         return True
-    return int(first) == processes.rank

@@ -66,7 +66,9 @@ def main(arguments: Sequence[str]) -> int:
 def _run(request: _Request, processes: Processes, stop: StopRequest) -> int:
     """Train, with every error turned into one line and an exit code."""
     try:
-        return train(request, processes, stop)
+        code = train(request, processes, stop)
+        processes.part()
+        return code
     except FailedElsewhere:
         return FAILED
     except (ConfigError, CheckpointError) as error:
@@ -94,6 +96,7 @@ def _say(error: object, code: int, processes: Processes) -> int:
         print(f"sparse-trainer train: error: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
     if processes.is_main:
         speaks(processes)  # they wait to hear whether it does
+    processes.part()
     return code
 
 

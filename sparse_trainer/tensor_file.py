@@ -78,8 +78,8 @@ def fault(path: str | os.PathLike[str], problem: str, *, expected: object, found
 
 
 def quote(value: object, limit: int = 80) -> str:
-    """``repr`` cut to ``limit`` characters: what a file says may be long and hold control characters."""
-    text = repr(value)
+    """``repr`` on one line, cut to ``limit`` characters: what a file says may be long and hold control characters."""
+    text = " ".join(line.strip() for line in repr(value).splitlines())  # that of a tensor has several
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

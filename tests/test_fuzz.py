@@ -21,7 +21,7 @@ from experiments.trials import fuzz, readers
 from experiments.trials.fuzz import Report, from_json, mutate, read_apart, read_files, to_json, to_markdown
 from experiments.trials.mutations import MUTATIONS, header_of, places, put_together, seal, take_apart
 from experiments.trials.readers import Broken, Source, judge, real_files
-from sparse_trainer.checkpoint import CheckpointError
+from sparse_trainer.checkpoint import CheckpointError, load_resume, save_resume
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +178,23 @@ def test_a_report_of_the_wrong_types(
         holder = holder[key]
     holder[part[-1]] = value
     assert judge(source, put_together(document), tmp_path, blind=True) == "refused"
+
+
+@pytest.mark.parametrize(
+    "place",
+    [("config", "data.mean"), ("config", "model.name"), ("ema", "blocks.0.mlp.fc1.weight"), ("tried",), ("running",)],
+)
+def test_a_tensor_whose_text_has_many_lines(sources: list[Source], tmp_path: Path, place: tuple[str, ...]) -> None:
+    source = named(sources, "bundle of a run")
+    path = tmp_path / "bundle"
+    path.write_bytes(source.content)
+    state = load_resume(path)
+    holder = state["trainer"]
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = [torch.rand(40, 40)]
+    save_resume(path, state)
+    assert judge(source, path.read_bytes(), tmp_path, blind=True) == "refused"
 
 
 @pytest.mark.parametrize("value", ["\x00", "\ud800", "\x1b[2J", "x" * 5000])

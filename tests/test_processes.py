@@ -7,10 +7,16 @@ Two processes are started once; each runs all of :data:`SCENARIOS`, and the test
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import os
+import socket
+import subprocess
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -22,16 +28,18 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments import data_sources
-from experiments.config import ConfigError
+from experiments import processes as processes_module
+from experiments.config import ConfigError, to_yaml
 from experiments.data import Data, create_data
 from experiments.data_batches import Place, share_of
 from experiments.metrics import measure
 from experiments.parallel import unused_parameters
-from experiments.processes import ALONE, Processes, find_processes
+from experiments.processes import ALONE, Processes, find_processes, join_processes
 from experiments.training import Trainer, TrainingError
 from models import create_model
 from sparse_trainer import DisagreementError, SparsityConfig, SparsityScheduler
@@ -656,6 +664,85 @@ def test_what_they_say_to_each_other(ranks: list[Found]) -> None:
             "any": [False, True],
             "mean": (0.5, 3.0),  # the value of both, the gradient of one
         }, rank
+
+
+PARTINGS = ("in order", "by an error", "the second does not come", "the second is gone")
+
+
+def threads_of_the_group() -> list[str]:
+    """Names of this process's threads that are gloo's (on Linux)."""
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+def train_and_part(processes: Processes, title: str, folder: Path) -> None:
+    network = DistributedDataParallel(nn.Linear(2, 2))
+    network.circle = [network]  # type: ignore[assignment]
+    network(torch.ones(1, 2)).sum().backward()
+    processes.wait()
+    if title == "by an error":
+        raise KeyError(title)
+    if processes.rank == 1 and title == "the second is gone":
+        os._exit(0)
+    while processes.rank == 1 and title == "the second does not come" and not (folder / f"{title} 0.pt").exists():
+        time.sleep(0.05)
+    processes.part()
+
+
+def part(rank: int, ports: list[int], folder: Path) -> None:
+    torch.set_num_threads(1)
+    processes_module.GRACE = timedelta(seconds=1)
+    for title, port in zip(PARTINGS, ports, strict=True):
+        environment = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        with suppress(KeyError), join_processes("cpu") as processes:
+            before = threads_of_the_group()
+            train_and_part(processes, title, folder)
+        torch.save((before, threads_of_the_group()), folder / f"{rank}.pt")
+        (folder / f"{rank}.pt").rename(folder / f"{title} {rank}.pt")
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("localhost", 0))
+        return [free.getsockname()[1] for free in sockets]
+
+
+def test_when_they_part_no_thread_of_the_group_is_left(tmp_path: Path) -> None:
+    """One that is left aborts the process now and then while the interpreter ends. And nobody fails for want of the
+    other, when all is done."""
+    torch.multiprocessing.spawn(part, args=(free_ports(len(PARTINGS)), tmp_path), nprocs=2)
+    for title in PARTINGS:
+        for rank in range(1 if title == "the second is gone" else 2):
+            before, after = torch.load(tmp_path / f"{title} {rank}.pt")
+            assert before or not Path("/proc/self/task").exists()
+            assert after == [], (title, rank)
+
+
+def test_torchrun_on_two_machines(tmp_path: Path) -> None:
+    """Two of torchrun's agents meet on this machine, as they would on two."""
+    (tmp_path / "small.yaml").write_text(to_yaml(configure({"data": {"eval_subset": 21}, "training": {"epochs": 1}})))
+    (port,) = free_ports(1)
+    agent = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"),
+        *(f"--rdzv-endpoint=localhost:{port}", "-m", "experiments", "train", f"--config={tmp_path}/small.yaml"),
+        *(f"--output.runs={tmp_path}", "--output.name=run"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    machines = [
+        subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        for _ in range(2)
+    ]
+    said = [machine.communicate(timeout=240)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    assert sorted("test: done" in text for text in said) == [False, True]  # the first process speaks alone
+    assert (tmp_path / "run" / "sparse.safetensors").is_file()
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 10
+    top1 = last["eval/top1"] * 21 / 100
+    assert math.isclose(top1, round(top1), abs_tol=1e-6)  # of 21 images, each counted once
 
 
 # One process is enough for these

@@ -58,7 +58,14 @@ THRESHOLD: dict[str, Any] = {"kind": "threshold", "stages": [1], "thresholds": [
 RUN: dict[str, dict[str, Any]] = {
     "model": {"kwargs": {"embed_dim": 24, "depth": 2, "patch_size": 7, "num_heads": 3}},
     "data": {"train_subset": 60, "eval_subset": 20, "batch_size": 10},
-    "sparsity": {"density": 0.4, "head_density": 0.67, "neuron_density": 0.5, "swap": "always", "updates": 4},
+    "sparsity": {
+        "density": 0.4,
+        "head_density": 0.67,
+        "neuron_density": 0.5,
+        "swap": "always",
+        "candidates": "first",
+        "updates": 4,
+    },
     "selector": {"keep_ratio": 0.5},
     "optimizer": {"lr": 1e-3},
     "schedule": {"warmup_epochs": 0.5},

@@ -216,6 +216,9 @@ class TrainingConfig:
     """Epochs (or a part of one) between resume bundles; null for one with every evaluation. A new best has one too."""
     log_every: int = 50
     """Optimizer steps between the records of loss, learning rate and speed."""
+    deterministic: bool = False
+    """On a GPU use only algorithms that give the same bits each time, which are slower; what has none ends the run. A
+    CPU has no others."""
     max_bad_steps: int = 20
     """Steps in a row without a finite loss and gradient after which the run stops; each of them is dropped."""
 

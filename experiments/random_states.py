@@ -1,9 +1,11 @@
-"""The states of the global random generators, as something that a checkpoint can hold."""
+"""What chance decides in a run: the states of the global random generators, as something that a checkpoint can hold."""
 
 from __future__ import annotations
 
+import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,22 @@ from sparse_trainer.generators import restore_generator
 
 NUMPY_WORDS = 624
 PROCESS = 4  #: what a seed is derived for, after those of the data
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Inside the block torch uses only algorithms that give the same bits each time, if that is wanted.
+
+    It comes before the first use of a GPU, whose matrix products need memory of their own for it.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def seed_everything(seed: int) -> None:

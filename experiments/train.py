@@ -20,6 +20,7 @@ from experiments.data import Data, create_data
 from experiments.loop import Loop, Stopped, describe
 from experiments.metrics import describe_tokens
 from experiments.processes import ALONE, Processes, join_processes
+from experiments.random_states import deterministic_algorithms
 from experiments.run_folder import RunFolder, create_run_folder, find_run
 from experiments.stopping import StoppedAtOnce, StopRequest, exit_code, stop_on_signals
 from experiments.together import FailedElsewhere, speaks, together
@@ -79,6 +80,8 @@ def _run(request: _Request, processes: Processes, stop: StopRequest) -> int:
         advice = "a smaller data.batch_size needs less memory; a greater training.accumulate makes up for it"
         return _say(f"{str(error).splitlines()[0]} {advice}", FAILED, processes)
     except RuntimeError as error:
+        if "deterministic implementation" in str(error):
+            return _say(f"training.deterministic: {str(error).splitlines()[0]}", FAILED, processes)
         if not _is_lost(error, processes):
             raise
         return _say(ALONE_NOW, FAILED, processes)
@@ -164,8 +167,13 @@ def _names_config(arguments: Sequence[str]) -> bool:
 
 def train(request: _Request, processes: Processes, stop: StopRequest) -> int:
     """Train from the beginning, or from the newest checkpoint of the run to go on with."""
-    console = create_console() if processes.is_main else Console(quiet=True, force_terminal=False)
     config, found = request.agree(processes)
+    with deterministic_algorithms(config.training.deterministic):
+        return _train(config, found, processes, stop)
+
+
+def _train(config: RunConfig, found: RunFolder | None, processes: Processes, stop: StopRequest) -> int:
+    console = create_console() if processes.is_main else Console(quiet=True, force_terminal=False)
     # What fails from here to the loop fails on all processes, or ends this one and with it the others.
     data = _open_data(config, processes)
     resuming = processes.share(found is not None and bool(found.bundles()))

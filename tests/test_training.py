@@ -17,7 +17,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from experiments.config import ConfigError, RunConfig, ScheduleConfig, build, resolve
+from experiments.__main__ import main
+from experiments.config import ConfigError, RunConfig, ScheduleConfig, build, resolve, to_yaml
 from experiments.console import Display
 from experiments.data import Data, create_data
 from experiments.loop import Loop, Stopped, StopRequest, describe
@@ -474,3 +475,28 @@ def test_run_folders_have_names_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"output\.runs: cannot make"):
         create_run_folder(build({"output": {"runs": str(tmp_path / "file")}}).output, "quickstart")
+
+
+def test_deterministic_algorithms_are_asked_for_in_the_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+    step = Trainer.train_step
+
+    def watch(self: Trainer, **options: Any) -> Any:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        if len(seen) > 3:
+            raise RuntimeError("kernel does not have a deterministic implementation, but you set ...\nmore")
+        return step(self, **options)
+
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(Trainer, "train_step", watch)
+    (tmp_path / "small.yaml").write_text(to_yaml(configure({"training": {"deterministic": True}})))
+    assert main(["train", "--config", str(tmp_path / "small.yaml"), "--output.runs", str(tmp_path)]) == 1
+    assert seen == [True] * 4
+    assert not torch.are_deterministic_algorithms_enabled()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == (
+        "sparse-trainer train: error: training.deterministic: kernel does not have a deterministic implementation, but "
+        "you set ..."
+    )

@@ -26,7 +26,8 @@ from experiments.benchmarks.report_page import check_page, print_report, write_p
 from experiments.benchmarks.save import Place, benchmark_save
 from experiments.benchmarks.setting import Setting, Structure, Weights
 from experiments.benchmarks.train import benchmark_train
-from experiments.config import ConfigError, explain
+from experiments.config import ConfigError
+from experiments.config_reading import explain
 from experiments.console import create_console, run_command
 from experiments.field_docs import field_docs
 from experiments.timing import Figure, check_output, describe_machine, figures_content, show, use_threads, write_json

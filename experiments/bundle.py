@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from experiments.config import flatten
+from experiments.config_reading import flatten
 from experiments.metrics import TokenUse
 from experiments.same_run import check_same_run
 from experiments.training import Trainer

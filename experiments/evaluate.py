@@ -13,18 +13,8 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from experiments.config import (
-    ConfigError,
-    RunConfig,
-    build,
-    choose_device,
-    explain,
-    explain_options,
-    has_bfloat16_matmul,
-    load_config,
-    naming,
-    recipes,
-)
+from experiments.config import ConfigError, RunConfig, choose_device, has_bfloat16_matmul
+from experiments.config_reading import build, explain, explain_options, load_config, naming, recipes
 from experiments.console import create_console, print_table, run_command
 from experiments.data import Data, DataConfig, create_data
 from experiments.metrics import Measured, count_used, describe_tokens, measure

@@ -13,7 +13,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.markup import escape
 from torch import Tensor, nn
 
-from experiments.config import ConfigError, explain
+from experiments.config import ConfigError
+from experiments.config_reading import explain
 from experiments.console import create_console, print_table, run_command
 from experiments.data_config import DataConfig
 from experiments.evaluate import data_of

@@ -13,7 +13,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from experiments.config import RunConfig, load_config, resolve
+from experiments.config import RunConfig, resolve
+from experiments.config_reading import load_config
 from experiments.data import create_data
 from experiments.metrics import measure
 from experiments.precision import precision_context

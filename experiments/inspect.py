@@ -12,7 +12,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 
-from experiments.config import ConfigError, explain
+from experiments.config import ConfigError
+from experiments.config_reading import explain
 from experiments.console import create_console, print_table, run_command
 from experiments.inspection import compare, contents, run, tables
 from experiments.inspection.pictures import MOST_IMAGES, draw_images

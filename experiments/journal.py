@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from experiments.config import flatten
+from experiments.config_reading import flatten
 from experiments.metrics import Measured
 from experiments.metrics_writer import MetricsWriter
 from experiments.overlay import draw, examples

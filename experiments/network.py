@@ -12,7 +12,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from experiments.config import ConfigError, OptimizerConfig, RunConfig, ScheduleConfig, naming
+from experiments.config import ConfigError, OptimizerConfig, RunConfig, ScheduleConfig
+from experiments.config_reading import naming
 from experiments.data import Data
 from experiments.plan import Plan
 from experiments.pretrained import load_start

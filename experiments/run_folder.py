@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from experiments.config import ConfigError, OutputConfig, load_config
+from experiments.config import ConfigError, OutputConfig
+from experiments.config_reading import load_config
 from sparse_trainer.whole_file import sync_folder
 
 _BUNDLE_NAME = re.compile(r"step_(\d{8,})\.resume")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.config import ConfigError, RunConfig, flatten
+from experiments.config import ConfigError, RunConfig
+from experiments.config_reading import flatten
 from experiments.data import Data
 from experiments.processes import Processes
 from sparse_trainer.tensor_file import quote

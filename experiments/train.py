@@ -14,7 +14,8 @@ import torch
 from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from experiments.config import ConfigError, RunConfig, create_parser, naming, parse, resolve, to_yaml
+from experiments.config import ConfigError, RunConfig, resolve
+from experiments.config_reading import create_parser, naming, parse, to_yaml
 from experiments.console import FAILED, WRONG, Display, create_console, print_table
 from experiments.data import Data, create_data
 from experiments.loop import Loop, Stopped, describe

@@ -12,7 +12,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from experiments.config import RunConfig, flatten, naming
+from experiments.config import RunConfig
+from experiments.config_reading import flatten, naming
 from experiments.data import Data, create_mixup
 from experiments.metrics import Measured, TokenUse, count_used, known_tokens, measure
 from experiments.network import create_lr_schedule, create_network, create_optimizer

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, to_2tuple
 from timm.models import get_pretrained_cfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -377,5 +377,6 @@ def _check_grid(model: nn.Module) -> None:
     img_size, patch_size = getattr(embed, "img_size", None), getattr(embed, "patch_size", None)
     if img_size is None or patch_size is None:
         return
+    img_size, patch_size = to_2tuple(img_size), to_2tuple(patch_size)  # XCiT keeps one number
     if any(side % patch for side, patch in zip(img_size, patch_size, strict=True)):
         raise ValueError(f"patch_size {patch_size} does not divide img_size {img_size}; choose sizes that fit")

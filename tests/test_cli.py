@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from experiments.__main__ import commands, main
-from experiments.config import load_config
+from experiments.config_reading import load_config
 from experiments.run_folder import RunFolder
 
 SMALL = [

@@ -8,19 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.config import (
-    ConfigError,
-    RunConfig,
-    create_parser,
-    find_config,
-    flatten,
-    has_bfloat16_matmul,
-    load_config,
-    parse,
-    recipes,
-    resolve,
-    to_yaml,
-)
+from experiments.config import ConfigError, RunConfig, has_bfloat16_matmul, resolve
+from experiments.config_reading import create_parser, find_config, flatten, load_config, parse, recipes, to_yaml
 from sparse_trainer import SparsityConfig
 
 

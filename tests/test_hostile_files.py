@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from experiments.__main__ import main
-from experiments.config import to_yaml
+from experiments.config_reading import to_yaml
 from experiments.loop import Loop, Stopped
 from experiments.run_folder import RunFolder
 from experiments.trials.mutations import Document, Piece, header_of, put_together, seal, take_apart

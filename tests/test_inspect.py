@@ -16,7 +16,7 @@ from rich.console import Console
 
 import experiments.inspection
 from experiments.__main__ import commands, main
-from experiments.config import to_yaml
+from experiments.config_reading import to_yaml
 from experiments.inspection import tables
 from experiments.inspection.contents import read_contents
 from experiments.inspection.tables import Column

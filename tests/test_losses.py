@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from experiments import pretrained
 from experiments.__main__ import main
-from experiments.config import ConfigError, LossConfig, build, load_config, recipes, resolve, to_yaml
+from experiments.config import ConfigError, LossConfig, resolve
+from experiments.config_reading import build, load_config, recipes, to_yaml
 from experiments.loop import Loop, Stopped, describe
 from experiments.losses import distillation_loss, macs_loss
 from experiments.metrics import TokenUse, count_used, known_tokens

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 import experiments
-from experiments.config import RunConfig, create_parser, flatten, parse
+from experiments.config import RunConfig
+from experiments.config_reading import create_parser, flatten, parse
 from experiments.grid import read_grid
 
 FOLDER = Path(experiments.__file__).parent

@@ -34,7 +34,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from experiments import data_sources
 from experiments import processes as processes_module
-from experiments.config import ConfigError, to_yaml
+from experiments.config import ConfigError
+from experiments.config_reading import to_yaml
 from experiments.data import Data, create_data
 from experiments.data_batches import Place, share_of
 from experiments.metrics import measure

@@ -522,3 +522,8 @@ def test_configuration_may_be_an_object_or_a_mapping() -> None:
         model = tiny(selector)
         assert isinstance(model, _SelectsTokens)
         assert model.selector.config == config
+
+
+def test_a_model_whose_patch_size_is_one_number() -> None:
+    model = create_model("xcit_nano_12_p16_224", img_size=32, num_classes=3)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)

@@ -18,7 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from experiments.__main__ import main
-from experiments.config import ConfigError, RunConfig, ScheduleConfig, build, resolve, to_yaml
+from experiments.config import ConfigError, RunConfig, ScheduleConfig, resolve
+from experiments.config_reading import build, to_yaml
 from experiments.console import Display
 from experiments.data import Data, create_data
 from experiments.loop import Loop, Stopped, StopRequest, describe

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.benchmarks.setting import Setting, make_model
-from experiments.config import ConfigError, naming
+from experiments.config import ConfigError
+from experiments.config_reading import naming
 from experiments.timing import paired, timed
 from sparse_trainer.masks import random_mask
 from sparse_trainer.units import find_blocks

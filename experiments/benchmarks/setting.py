@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.config import ConfigError, choose_device, naming
+from experiments.config import ConfigError, choose_device
+from experiments.config_reading import naming
 from experiments.data import DataConfig, create_data
 from experiments.precision import precision_context
 from models import create_model

@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from experiments.config import ConfigError, RunConfig, load_config
+from experiments.config import ConfigError, RunConfig
+from experiments.config_reading import load_config
 from experiments.run_folder import RunFolder
 from sparse_trainer.checkpoint import CheckpointError
 from sparse_trainer.mask_log import MaskRecord, read_timeline

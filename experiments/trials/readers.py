@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.config import ConfigError, RunConfig, build, resolve
+from experiments.config import ConfigError, RunConfig, resolve
+from experiments.config_reading import build
 from experiments.data import Data, create_data
 from experiments.loop import Loop
 from experiments.run_folder import RunFolder

@@ -271,7 +271,6 @@ class SparsityScheduler:
         self._handles = []
         if self._weights:
             self._weights.remove()
-            self._weights.growth.collect(False)
         self._optimizer = None
         self._ema = None
 
@@ -412,13 +411,13 @@ class SparsityScheduler:
         due = self.schedule.next_update(self._last_update + 1)
         most = self.config.growth_batches  # steps, if each had one backward pass: the same on all processes
         if due is None or self._step + most < due or self._exact_step() + most < due:
-            self._weights.growth.collect(False)
+            self._weights.collect(False)
             return
         ahead = max(1, -(-most // self._passes_per_step))
         collecting = self._step + ahead >= due
         if together and most > 1:
             collecting = on_any_process(collecting, self._device)
-        self._weights.growth.collect(collecting)
+        self._weights.collect(collecting)
 
     def _exact_step(self) -> int:
         """The step number less the steps that a fused optimizer skipped on the device; this reads the device."""

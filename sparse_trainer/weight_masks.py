@@ -158,6 +158,7 @@ class WeightMasks:
         self.masks = {name: self._first_mask(name) for name in shapes}
         self._ever_live = {name: pack_bits(mask) for name, mask in self.masks.items()}
         self._handles: list[RemovableHandle] = []
+        self._collectors: list[RemovableHandle] = []
         self.apply()
 
     def _first_mask(self, name: str) -> Tensor:
@@ -198,18 +199,29 @@ class WeightMasks:
     def install(self) -> None:
         """Hook the gradients, so that nothing after a backward pass sees a dead one."""
         for name, parameter in self.parameters.items():
-            self._handles.append(parameter.register_hook(self._collector(name)))
             self._handles.append(parameter.register_post_accumulate_grad_hook(self._masker(name)))
 
     def remove(self) -> None:
         """Take the hooks away again."""
+        self.collect(False)
         while self._handles:
             self._handles.pop().remove()
 
+    def collect(self, now: bool) -> None:
+        """Start or stop collecting the growth gradient, where the hooks are installed.
+
+        Its hooks are there only meanwhile: between updates a backward pass meets none of them.
+        """
+        self.growth.collect(now)
+        if now and self._handles and not self._collectors:
+            for name, parameter in self.parameters.items():
+                self._collectors.append(parameter.register_hook(self._collector(name)))
+        while not now and self._collectors:
+            self._collectors.pop().remove()
+
     def _collector(self, name: str) -> Any:
         def collect(gradient: Tensor) -> None:
-            if self.growth.collecting:
-                self.growth.add(name, gradient, self.parameters[name].grad)
+            self.growth.add(name, gradient, self.parameters[name].grad)
 
         return collect
 

@@ -698,7 +698,7 @@ def test_frozen_weights_are_named(tiny_deit: Factory) -> None:
     model.get_submodule("head").requires_grad_(True)
     scheduler.attach(optimizer)
     assert scheduler._weights is not None
-    assert len(scheduler._weights._handles) == 2 * len(scheduler.masks)
+    assert len(scheduler._weights._handles) == len(scheduler.masks)
 
 
 def test_seeds_are_the_mean_over_several_steps(tiny_deit: Factory, tiny_batch: Batch) -> None:

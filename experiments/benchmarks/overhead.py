@@ -25,7 +25,7 @@ def benchmark_overhead(setting: Setting, weights: Weights) -> list[Figure]:
     config = SparsityConfig(density=weights.density, update_every=10**6)
     scheduler = SparsityScheduler(model, config, total_steps=10**7)
     # One model, one optimizer and one batch for both: the only difference is whether the scheduler is attached.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     attached: list[bool] = []
     step = training_step(model, setting, lambda: scheduler.step() if attached else None, optimizer)
 
@@ -72,7 +72,7 @@ def _update_seconds(setting: Setting, weights: Weights) -> float:
     """Median time of one update: every step updates."""
     model = make_model(setting).train()
     scheduler = SparsityScheduler(model, SparsityConfig(density=weights.density, update_every=1), total_steps=1000)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     scheduler.attach(optimizer)
     images, targets = make_batch(replace(setting, batch_size=2))
     seconds = []

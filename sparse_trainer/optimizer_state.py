@@ -109,10 +109,9 @@ def carry_over(
 
     - ``mean``: at the mean of those that stay live. The grown weight then learns as fast as its neighbours.
     - ``gradient``: at the square of the gradient that grew it. That was the greatest of many noisy ones, so it is far
-      above what the weight will see, and fades only over ``1 / (1 - beta2)`` steps: until then the weight hardly moves,
-      and is the first to be pruned again.
+      above what the weight will see, and fades only over ``1 / (1 - beta2)`` steps: until then the weight moves little.
     - ``zero``: the bias correction of Adam, which knows only the step number, then makes the first step about 3.2 times
-      the learning rate.
+      the learning rate: the weight moves fast before it is judged by its magnitude.
 
     Args:
         live: bool, the mask after the update.

@@ -16,7 +16,7 @@ Autocast = Callable[[], AbstractContextManager[object]]
 class _AttentionTrainsInFloat32(TorchFunctionMode):
     """Fused attention, where a backward pass follows, in float32.
 
-    On a CPU torch's backward pass of it is two to six times slower in 16 bits than in float32, and would take most of
+    On a CPU torch's backward pass of it is up to six times slower in 16 bits than in float32, and would take most of
     a training step; the forward pass alone is as fast.
     """
 

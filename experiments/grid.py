@@ -10,12 +10,14 @@ A grid file names a recipe, what all entries change in it, and the entries::
       dense: {sparsity: null}
       half: {sparsity: {density: 0.5}}
       fewer_tokens: {sparsity: null, model: {start: "{run:dense}"}, selector: {kind: threshold}}
+    labels: {half: half of the weights live}
+    compare: [[half, fewer_tokens]]
 
 ``{run:ENTRY}`` stands for the folder of an earlier entry's run with the same seed, which is waited for, and ``{seed}``
 for the seed. Runs go to ``runs/<grid>/<entry>-seed<k>``. One that was interrupted goes on, one that is done is not
-repeated. The report (:mod:`experiments.grid_report`) compares each entry with the baseline seed by seed: the same seed
-means the same first weights and images. With ``--measure`` the finished runs are then timed against the baseline's,
-one after the other (:mod:`experiments.grid_speed`).
+repeated. The report (:mod:`experiments.grid_report`) compares each entry with the baseline, and the pairs of
+``compare`` with each other, seed by seed: the same seed means the same first weights and images. With ``--measure``
+the finished runs are then timed against the baseline's, one after the other (:mod:`experiments.grid_speed`).
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ from typing import Any
 import yaml
 
 from experiments.config import ConfigError
-from experiments.grid_report import draw, read_outcome, summarize, to_markdown
+from experiments.grid_plot import draw
+from experiments.grid_report import compare, read_outcome, summarize, to_markdown
 from experiments.grid_speed import measure_speed
 from experiments.timing import use_threads
 
@@ -54,6 +57,8 @@ class Grid:
     entries: Mapping[str, Mapping[str, Any]]
     common: Mapping[str, Any] = field(default_factory=dict)
     title: str = ""  #: what the grid is about, for the report
+    labels: Mapping[str, str] = field(default_factory=dict)  #: what entries are, in words
+    pairs: tuple[tuple[str, str], ...] = ()  #: entries that are compared with each other beside the baseline
 
     def needs(self, entry: str) -> set[str]:
         """The entries whose runs this one starts from or learns from."""
@@ -64,13 +69,17 @@ def read_grid(path: Path) -> Grid:
     """The grid in a file.
 
     Raises:
-        ValueError: a key is missing or unknown, the baseline is no entry, or an entry needs one that is not before it.
+        ValueError: a key is missing or unknown, an entry is named that is none, or one needs another that is not
+            before it.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    optional = {"common", "title"}
+    optional = {"common", "title", "labels", "compare"}
     known = {"recipe", "seeds", "baseline", "entries"} | optional
     if not isinstance(content, dict) or not known - optional <= set(content) <= known:
         raise ValueError(f"{path}: a grid has the keys {', '.join(sorted(known))}")
+    pairs = content.get("compare") or []
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError(f"{path}: compare is a list of pairs of entries, such as [[half, fewer_tokens]]")
     grid = Grid(
         name=path.stem,
         recipe=content["recipe"],
@@ -79,9 +88,18 @@ def read_grid(path: Path) -> Grid:
         entries={name: entry or {} for name, entry in content["entries"].items()},
         common=content.get("common") or {},
         title=" ".join(content.get("title", "").split()),
+        labels=content.get("labels") or {},
+        pairs=tuple((first, second) for first, second in pairs),
     )
-    if grid.baseline not in grid.entries:
-        raise ValueError(f"{path}: baseline {grid.baseline!r} is none of the entries {', '.join(grid.entries)}")
+    named = {
+        "baseline": [grid.baseline],
+        "labels": grid.labels,
+        "compare": [entry for pair in grid.pairs for entry in pair],
+    }
+    for key, entries in named.items():
+        for entry in entries:
+            if entry not in grid.entries:
+                raise ValueError(f"{path}: {key} {entry!r} is none of the entries {', '.join(grid.entries)}")
     before: set[str] = set()
     for entry in grid.entries:
         late = sorted(grid.needs(entry) - before)
@@ -144,19 +162,24 @@ class Runs:
         folder = self.path(entry, seed)
         if read_outcome(folder) is not None:
             return None
-        command = [sys.executable, "-m", "experiments", "train", "--config", self.grid.recipe]
+        command = [sys.executable, "-m", "experiments", *self.command(entry, seed)]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
+        log = self.folder / f"{folder.name}.log"
+        with open(log, "a", encoding="utf-8") as output:
+            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
+        return None if done.returncode == 0 else f"{folder.name} ended with code {done.returncode}; see {log}"
+
+    def command(self, entry: str, seed: int) -> list[str]:
+        """The arguments of the run; writes the files they name."""
+        folder = self.path(entry, seed)
+        command = ["train", "--config", self.grid.recipe]
         for name, content in (("common", self.grid.common), ("entry", self.grid.entries[entry])):
             if content:
                 file = self.folder / f"{folder.name}.{name}.yaml"
                 file.write_text(self._filled_in(yaml.safe_dump(dict(content)), seed), encoding="utf-8")
                 command += ["--config", str(file)]
         command += ["--training.seed", str(seed), "--output.runs", str(self.folder), "--output.name", folder.name]
-        command += [*self.extra, "--resume", "auto"]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads)}
-        log = self.folder / f"{folder.name}.log"
-        with open(log, "a", encoding="utf-8") as output:
-            done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=environment, check=False)
-        return None if done.returncode == 0 else f"{folder.name} ended with code {done.returncode}; see {log}"
+        return [*command, *self.extra, "--resume", "auto"]
 
     def _filled_in(self, text: str, seed: int) -> str:
         text = NEEDED.sub(lambda match: str(self.path(match.group(1), seed)), text)
@@ -222,9 +245,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
     options.results.mkdir(parents=True, exist_ok=True)
     line = " ".join([*command, *extra])
-    content = {"command": line, "title": grid.title, "rows": rows, "speeds": speeds}
-    data.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    text = to_markdown(grid.name, grid.title, grid.baseline, rows, speeds, line)
+    report = {
+        "command": line,
+        "title": grid.title,
+        "baseline": grid.baseline,
+        "labels": dict(grid.labels),
+        "rows": rows,
+        "pairs": compare(outcomes, grid.pairs),
+        "speeds": speeds,
+    }
+    data.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    text = to_markdown(grid.name, report)
     data.with_suffix(".md").write_text(text, encoding="utf-8")
     draw(rows, grid.baseline, data.with_suffix(".png"))
     print(text)

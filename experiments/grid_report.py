@@ -1,4 +1,4 @@
-"""What the runs of a grid came to: means, paired differences with an interval, a table and a picture."""
+"""What the runs of a grid came to: means, paired differences with an interval, and the report that says so."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from scipy import stats
 FLAT = 0.75
 """The curve is flat if, in the mean over the seeds, it rises by less than the spread between them after this share of
 the run."""
-LABEL_GAP = 0.028
-"""Of the height of the picture, between two labels."""
 
 
 @dataclass(frozen=True)
@@ -109,125 +107,116 @@ def describe_curve(row: Mapping[str, Any]) -> str:
     return f"{text}, {'less' if flat else 'more'} than the {row['top1_spread']:.2f} by which seeds differ."
 
 
-def to_markdown(
-    name: str,
-    title: str,
-    baseline: str,
-    rows: Sequence[Mapping[str, Any]],
-    speeds: Mapping[str, Any],
-    command: str,
-) -> str:
+def compare(outcomes: Mapping[str, Mapping[int, Outcome]], pairs: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """One row for each pair of entries that have two or more seeds in common: the first less the second, by seed.
+
+    Args:
+        outcomes: by entry and seed.
+    """
+    rows = []
+    for first, second in pairs:
+        seeds = sorted(set(outcomes[first]) & set(outcomes[second]))
+        if len(seeds) < 2:
+            continue
+        differences = [outcomes[first][seed].accuracy - outcomes[second][seed].accuracy for seed in seeds]
+        rows.append(
+            {
+                "entry": first,
+                "beside": second,
+                "seeds": len(seeds),
+                "difference": statistics.mean(differences),
+                "interval": interval(differences),
+            }
+        )
+    return rows
+
+
+def to_markdown(name: str, report: Mapping[str, Any]) -> str:
     """The report for people.
 
     Args:
-        rows: of :func:`summarize`.
-        speeds: of :func:`experiments.grid_speed.measure_speed`; empty if nothing was timed.
+        report: what is in the grid's JSON file: ``title``, ``command``, ``baseline``, ``labels``, ``rows`` of
+            :func:`summarize`, ``pairs`` of :func:`compare`, and ``speeds`` of
+            :func:`experiments.grid_speed.measure_speed`, empty if nothing was timed.
     """
-    measured: Mapping[str, Mapping[str, Any]] = speeds.get("entries", {})
-    lines = [
-        f"# {name}",
-        "",
-        *([title, ""] if title else []),
-        "Made by",
-        "",
-        f"    {command}",
-        "",
+    baseline, rows = report["baseline"], report["rows"]
+    lines = [f"# {name}", "", *([report["title"], ""] if report["title"] else []), "Made by", ""]
+    lines += [f"    {report['command']}", ""]
+    lines.append(
         f"Top-1 in percent after the last step, mean and standard deviation over the seeds; the difference to "
-        f"`{baseline}` is paired by seed, with a 95 % interval (Student's t). MACs are those of live weights and kept "
-        "tokens, mean of one image.",
-        "",
-        "| entry | seeds | top-1 | difference | 95 % interval | live parameters | share | MACs | share |"
-        + (" step time | throughput |" if measured else ""),
-        "|---|---|---|---|---|---|---|---|---|" + ("---|---|" if measured else ""),
+        f"`{baseline}` is paired by seed, with a 95 % interval (Student's t). Live parameters and MACs are shares of "
+        f"those of `{baseline}`; MACs are those of live weights and kept tokens, mean of one image."
+    )
+    lines += ["", *_table(report)]
+    if report["pairs"]:
+        lines += ["", "Other pairs:", "", "| | less | seeds | difference | 95 % interval |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {_label(report, pair['entry'])} | {_label(report, pair['beside'])} | {pair['seeds']} | "
+            f"{pair['difference']:+.2f} | {_between(pair)} |"
+            for pair in report["pairs"]
+        ]
+    base = next((row for row in rows if row["entry"] == baseline), None)
+    if base is not None:
+        lines += [
+            "",
+            f"`{baseline}` has {base['live_parameters']:,} live parameters and {base['macs'] / 1e6:,.1f} M MACs.",
+        ]
+        lines[-1] += f" {describe_curve(base)}"
+    if report["speeds"]:
+        lines += ["", *_speed_notes(baseline, report["speeds"])]
+    lines += ["", f"![accuracy over MACs, and over the steps]({name}.png)"]
+    return "\n".join(lines) + "\n"
+
+
+def _table(report: Mapping[str, Any]) -> list[str]:
+    """One line for each entry."""
+    measured = report["speeds"].get("entries", {})
+    lines = [
+        "| | seeds | top-1 | difference | 95 % interval | live | MACs |"
+        + (" step time | throughput |" * bool(measured)),
+        "|---|---|---|---|---|---|---|" + "---|---|" * bool(measured),
     ]
-    for row in rows:
+    for row in report["rows"]:
         spread = f" ± {row['top1_spread']:.2f}" if row["top1_spread"] is not None else ""
         difference = f"{row['difference']:+.2f}" if "difference" in row else ""
-        between = f"{row['interval'][0]:+.2f} to {row['interval'][1]:+.2f}" if "interval" in row else ""
         line = (
-            f"| {row['entry']} | {row['seeds']} | {row['top1_mean']:.2f}{spread} | {difference} | {between} | "
-            f"{row['live_parameters']:,} | {row.get('live_ratio', 1):.3f} | {row['macs'] / 1e6:,.1f} M | "
-            f"{row.get('macs_ratio', 1):.3f} |"
+            f"| {_label(report, row['entry'])} | {row['seeds']} | {row['top1_mean']:.2f}{spread} | {difference} | "
+            f"{_between(row)} | {100 * row.get('live_ratio', 1):.0f} % | {100 * row.get('macs_ratio', 1):.0f} % |"
         )
         if measured:
             speed = measured.get(row["entry"])
             line += f" {speed['step_ratio']:.2f} | {speed['throughput_ratio']:.2f} |" if speed else " | |"
         lines.append(line)
-    base = next((row for row in rows if row["entry"] == baseline), None)
-    if base is not None:
-        lines += ["", describe_curve(base)]
-    if measured:
-        machine, dense = speeds["machine"], speeds["baseline"]
+    return lines
+
+
+def _label(report: Mapping[str, Any], entry: str) -> str:
+    label = report["labels"].get(entry)
+    return f"{label} (`{entry}`)" if label else entry
+
+
+def _between(row: Mapping[str, Any]) -> str:
+    return f"{row['interval'][0]:+.2f} to {row['interval'][1]:+.2f}" if "interval" in row else ""
+
+
+def _speed_notes(baseline: str, speeds: Mapping[str, Any]) -> list[str]:
+    """How the time was taken, and the patches that are kept where every image has its own number."""
+    machine, base = speeds["machine"], speeds["baseline"]
+    lines = [
+        f"Step time and throughput are ratios to `{baseline}`, medians of {speeds['pairs']} alternating pairs in one "
+        f"run on {machine['device']}, {machine['threads']} threads ({machine['instructions']}), in {speeds['amp']}: a "
+        f"training step takes {1e3 * base['step_seconds']:.1f} ms there, and {base['throughput']:,.0f} images a second "
+        f"are classified in batches of {speeds['batch_size']}. Single dead weights save neither."
+    ]
+    kept = [(entry, speed["kept"]) for entry, speed in speeds["entries"].items() if speed.get("kept")]
+    if kept:
+        lines += ["", "Patches that images keep after the last stage:", ""]
         lines += [
-            "",
-            f"Step time and throughput are ratios to `{baseline}`, medians of {speeds['pairs']} alternating pairs in "
-            f"one run on {machine['device']}, {machine['threads']} threads ({machine['instructions']}), in "
-            f"{speeds['amp']}: a training step takes {1e3 * dense['step_seconds']:.1f} ms there, and "
-            f"{dense['throughput']:,.0f} images a second are classified in batches of {speeds['batch_size']}. Single "
-            "dead weights save neither.",
+            "| entry | of | least | a tenth below | median | a tenth above | most |",
+            "|---|---|---|---|---|---|---|",
         ]
-        kept = [(entry, speed["kept"]) for entry, speed in measured.items() if speed.get("kept")]
-        if kept:
-            lines += ["", "Patches that images keep after the last stage:", ""]
-            lines += [
-                "| entry | of | least | a tenth below | median | a tenth above | most |",
-                "|---|---|---|---|---|---|---|",
-            ]
-            lines += [
-                f"| {entry} | {counts['patches']} | " + " | ".join(f"{value:g}" for value in counts["deciles"]) + " |"
-                for entry, counts in kept
-            ]
-    lines += ["", f"![accuracy over MACs]({name}.png)"]
-    return "\n".join(lines) + "\n"
-
-
-def draw(rows: Sequence[Mapping[str, Any]], baseline: str, file: Path) -> None:
-    """Accuracy over MACs, with the baseline as a line, and the interval of each difference; needs matplotlib.
-
-    Without matplotlib no picture is written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    figure = Figure(figsize=(9, 5.4), facecolor="white", layout="constrained")
-    axes = figure.add_subplot()
-    base = next((row for row in rows if row["entry"] == baseline), None)
-    low = min(row["top1_mean"] for row in rows)
-    high = max(row["top1_mean"] for row in rows)
-    if base is not None:
-        axes.axhline(base["top1_mean"], color="#888888", linewidth=1, linestyle=(0, (4, 3)), zorder=1)
-    for row in rows:
-        is_base = row["entry"] == baseline
-        x = 100 * row.get("macs_ratio", 1.0)
-        axes.errorbar(
-            x, row["top1_mean"], yerr=row["top1_spread"], fmt="s" if is_base else "o",
-            color="black" if is_base else "#1f6fb4", ecolor="#b9cfe4", elinewidth=1, capsize=0, markersize=6, zorder=2,
-        )  # fmt: skip
-    margin = 0.12 * max(high - low, 0.5)
-    axes.set_ylim(low - margin, high + margin)
-    axes.set_xlim(0, 108)
-    _label(axes, rows)
-    axes.set_xlabel(f"MACs of live weights and kept tokens, in percent of {baseline}")
-    axes.set_ylabel("top-1 in percent, mean of the seeds (bar: standard deviation)")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(file, dpi=140, metadata={"Software": None})
-
-
-def _label(axes: Any, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Names beside the points, pushed apart where they would lie on one another."""
-    bottom, top = axes.get_ylim()
-    gap = LABEL_GAP * (top - bottom)
-    placed: list[tuple[float, float]] = []
-    for row in sorted(rows, key=lambda row: row["top1_mean"]):
-        x, wanted = 100 * row.get("macs_ratio", 1.0), row["top1_mean"]
-        y = wanted
-        while any(abs(y - other) < gap and abs(x - near) < 22 for near, other in placed):
-            y += gap / 4
-        placed.append((x, y))
-        left = x > 85
-        axes.annotate(
-            row["entry"], (x, wanted), xytext=(x - 1.2 if left else x + 1.2, y), fontsize=8, va="center",
-            ha="right" if left else "left", color="#333333",
-        )  # fmt: skip
+        lines += [
+            f"| {entry} | {counts['patches']} | " + " | ".join(f"{value:g}" for value in counts["deciles"]) + " |"
+            for entry, counts in kept
+        ]
+    return lines

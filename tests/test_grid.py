@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 from experiments import grid_speed
+from experiments.config import resolve
+from experiments.config_reading import create_parser, parse
 from experiments.grid import Grid, Runs, main, read_grid
-from experiments.grid_report import Outcome, describe_curve, interval, read_outcome, summarize
+from experiments.grid_report import Outcome, compare, describe_curve, interval, read_outcome, summarize
 
 RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"
 
@@ -39,6 +41,22 @@ def test_the_comparison_by_hand(tmp_path: Path) -> None:
     assert half_row["difference"] == 1.0
     assert half_row["interval"] == pytest.approx([1 - 4.3027 / 3**0.5, 1 + 4.3027 / 3**0.5], abs=1e-3)
     assert (half_row["live_ratio"], half_row["macs_ratio"]) == (0.5, 0.6)
+
+
+def test_pairs_are_compared_over_the_seeds_they_share() -> None:
+    """Seeds 1 and 2 differ by 3 and 1: mean 2, standard error 1, Student's t of one degree at 97.5 % is 12.7062."""
+
+    def outcome(accuracy: float) -> Outcome:
+        return Outcome(accuracy, ((1, accuracy),), 1, 1.0)
+
+    outcomes = {
+        "a": {0: outcome(90.0), 1: outcome(83.0), 2: outcome(82.0)},
+        "b": {1: outcome(80.0), 2: outcome(81.0), 3: outcome(10.0)},
+        "c": {2: outcome(50.0)},
+    }
+    (row,) = compare(outcomes, [("a", "b"), ("a", "c")])
+    assert (row["entry"], row["beside"], row["seeds"], row["difference"]) == ("a", "b", 2, 2.0)
+    assert row["interval"] == pytest.approx([2 - 12.7062, 2 + 12.7062], abs=1e-3)
 
 
 def test_an_interval_of_equal_differences() -> None:
@@ -93,6 +111,7 @@ def test_a_grid_runs_goes_on_and_reports(
             },
         },
         "title": "Is a grid run?",
+        "labels": {"half": "half of the weights"},
     }
     file = tmp_path / "small.yaml"
     file.write_text(yaml.safe_dump(grid))
@@ -101,7 +120,7 @@ def test_a_grid_runs_goes_on_and_reports(
     report = (tmp_path / "results" / "small.md").read_text()
     assert "Is a grid run?" in report
     for entry in grid["entries"]:
-        assert f"| {entry} | 1 |" in report
+        assert (f"| {entry} | 1 |" if entry != "half" else "| half of the weights (`half`) | 1 |") in report
     assert (tmp_path / "results" / "small.png").read_bytes().startswith(b"\x89PNG")
     before = (tmp_path / "runs" / "small" / "half-seed0" / "sparse.safetensors").stat().st_mtime_ns
     assert main(options) == 0
@@ -123,11 +142,17 @@ def test_a_grid_runs_goes_on_and_reports(
     assert capsys.readouterr().err.startswith("python -m experiments.grid: error:")
 
 
-def test_the_grids_that_come_along_are_read() -> None:
-    files = sorted((RECIPES / "grids").glob("*.yaml"))
-    assert files
-    for file in files:
-        assert read_grid(file).baseline
+@pytest.mark.parametrize("file", sorted((RECIPES / "grids").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_entry_of_the_grids_that_come_along_is_a_run(file: Path, tmp_path: Path) -> None:
+    grid = read_grid(file)
+    runs = Runs(grid, tmp_path, 1, [])
+    for entry, seed in runs.tasks():
+        command, *arguments = runs.command(entry, seed)
+        assert command == "train"
+        parser = create_parser(command)
+        parser.add_argument("--resume")
+        config = resolve(parse(parser, arguments)[0])
+        assert (config.training.seed, config.output.name) == (seed, f"{entry}-seed{seed}")
 
 
 def test_a_wrong_grid(tmp_path: Path) -> None:
@@ -138,6 +163,17 @@ def test_a_wrong_grid(tmp_path: Path) -> None:
     file.write_text("recipe: quickstart\nseeds: [0]\nbaseline: a\nentries: {a: {model: {start: '{run:b}'}}, b: {}}\n")
     with pytest.raises(ValueError, match="a needs the run of 'b', which is no entry before it"):
         read_grid(file)
+    begin = "recipe: quickstart\nseeds: [0]\nbaseline: a\nentries: {a: {}, b: {}}\n"
+    file.write_text(begin + "labels: {c: third}\n")
+    with pytest.raises(ValueError, match="labels 'c' is none of the entries a, b"):
+        read_grid(file)
+    file.write_text(begin + "compare: [[b, c]]\n")
+    with pytest.raises(ValueError, match="compare 'c' is none of the entries a, b"):
+        read_grid(file)
+    for wrong in ("[a, b]", "[[a, b, a]]"):
+        file.write_text(f"{begin}compare: {wrong}\n")
+        with pytest.raises(ValueError, match="compare is a list of pairs"):
+            read_grid(file)
     file.write_text("recipe: quickstart\n")
     with pytest.raises(ValueError, match="a grid has the keys"):
         read_grid(file)

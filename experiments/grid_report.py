@@ -21,6 +21,7 @@ class Outcome:
     """What one run came to, read from the files it wrote."""
 
     accuracy: float  #: top-1 in percent after the last step
+    loss: float  #: on the images of the evaluation, after the last step
     curve: tuple[tuple[int, float], ...]  #: (step, top-1)
     live_parameters: int
     macs: float  #: mean of one image, of live weights and kept tokens
@@ -36,9 +37,10 @@ def read_outcome(folder: Path) -> Outcome | None:
         for key, value in record.items():
             if value is not None:
                 values.setdefault(key, []).append((record["step"], value))
-    curve = values.get("eval/ema_top1", values["eval/top1"])
+    curve, losses = (values.get(f"eval/ema_{key}", values[f"eval/{key}"]) for key in ("top1", "loss"))
     return Outcome(
         accuracy=curve[-1][1],
+        loss=losses[-1][1],
         curve=tuple(curve),
         live_parameters=int(values["budget/live_parameters"][-1][1]),
         macs=values["budget/macs"][-1][1],
@@ -46,9 +48,10 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def summarize(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str) -> list[dict[str, Any]]:
-    """One row per entry that has finished runs: mean, spread, and the paired difference to the baseline.
+    """One row per entry that has finished runs: mean, spread, and the paired difference to the baseline, of top-1 and
+    of the loss.
 
-    The interval holds the mean difference with 95 % confidence (Student's t over the seeds).
+    An interval holds the mean difference with 95 % confidence (Student's t over the seeds).
 
     Args:
         outcomes: by entry and seed.
@@ -58,13 +61,15 @@ def summarize(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str) -> l
     for entry, found in outcomes.items():
         if not found:
             continue
-        accuracies = [outcome.accuracy for outcome in found.values()]
+        top1, loss = [outcome.accuracy for outcome in found.values()], [outcome.loss for outcome in found.values()]
         row: dict[str, Any] = {
             "entry": entry,
             "seeds": len(found),
-            "top1_mean": statistics.mean(accuracies),
-            "top1_spread": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
-            "top1": accuracies,
+            "top1_mean": statistics.mean(top1),
+            "top1_spread": statistics.stdev(top1) if len(top1) > 1 else None,
+            "top1": top1,
+            "loss_mean": statistics.mean(loss),
+            "loss": loss,
             "live_parameters": next(iter(found.values())).live_parameters,
             "macs": statistics.mean(outcome.macs for outcome in found.values()),
             "curves": [outcome.curve for outcome in found.values()],
@@ -72,11 +77,8 @@ def summarize(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str) -> l
         if base:
             row["macs_ratio"] = row["macs"] / next(iter(base.values())).macs
             row["live_ratio"] = row["live_parameters"] / next(iter(base.values())).live_parameters
-        differences = [found[seed].accuracy - base[seed].accuracy for seed in found if seed in base]
-        if entry != baseline and differences:
-            row["difference"] = statistics.mean(differences)
-            if len(differences) > 1:
-                row["interval"] = interval(differences)
+        if entry != baseline:
+            row |= differences(found, base)
         rows.append(row)
     return rows
 
@@ -98,7 +100,8 @@ def describe_curve(row: Mapping[str, Any]) -> str:
         index = round(share * (length - 1))
         return curves[0][index][0], statistics.mean(curve[index][1] for curve in curves)
 
-    points = ", ".join(f"{value:.2f} at step {step:,}" for step, value in map(mean, (0.25, 0.5, FLAT, 0.9, 1.0)))
+    shown = dict(map(mean, (0.25, 0.5, FLAT, 0.9, 1.0)))  # a short curve has fewer points
+    points = ", ".join(f"{value:.2f} at step {step:,}" for step, value in shown.items())
     rise = mean(1.0)[1] - mean(FLAT)[1]
     text = f"The curve of `{row['entry']}`, mean of the seeds: {points}. In the last quarter of the run {rise:+.2f}"
     if row["top1_spread"] is None:
@@ -115,20 +118,31 @@ def compare(outcomes: Mapping[str, Mapping[int, Outcome]], pairs: Sequence[Seque
     """
     rows = []
     for first, second in pairs:
-        seeds = sorted(set(outcomes[first]) & set(outcomes[second]))
-        if len(seeds) < 2:
-            continue
-        differences = [outcomes[first][seed].accuracy - outcomes[second][seed].accuracy for seed in seeds]
-        rows.append(
-            {
-                "entry": first,
-                "beside": second,
-                "seeds": len(seeds),
-                "difference": statistics.mean(differences),
-                "interval": interval(differences),
-            }
-        )
+        row = differences(outcomes[first], outcomes[second])
+        if "interval" in row:
+            rows.append({"entry": first, "beside": second, **row})
     return rows
+
+
+def differences(first: Mapping[int, Outcome], second: Mapping[int, Outcome]) -> dict[str, Any]:
+    """The first less the second over the seeds that both have: means, and from two seeds on their intervals.
+
+    Args:
+        first, second: outcomes by seed.
+    """
+    seeds = sorted(set(first) & set(second))
+    if not seeds:
+        return {}
+    top1 = [first[seed].accuracy - second[seed].accuracy for seed in seeds]
+    loss = [first[seed].loss - second[seed].loss for seed in seeds]
+    row: dict[str, Any] = {
+        "paired_seeds": len(seeds),
+        "difference": statistics.mean(top1),
+        "loss_difference": statistics.mean(loss),
+    }
+    if len(seeds) > 1:
+        row |= {"interval": interval(top1), "loss_interval": interval(loss)}
+    return row
 
 
 def to_markdown(name: str, report: Mapping[str, Any]) -> str:
@@ -143,16 +157,16 @@ def to_markdown(name: str, report: Mapping[str, Any]) -> str:
     lines = [f"# {name}", "", *([report["title"], ""] if report["title"] else []), "Made by", ""]
     lines += [f"    {report['command']}", ""]
     lines.append(
-        f"Top-1 in percent after the last step, mean and standard deviation over the seeds; the difference to "
-        f"`{baseline}` is paired by seed, with a 95 % interval (Student's t). Live parameters and MACs are shares of "
-        f"those of `{baseline}`; MACs are those of live weights and kept tokens, mean of one image."
+        f"Top-1 in percent and loss after the last step, means over the seeds, with the standard deviation of top-1. "
+        f"Differences are to `{baseline}` and paired by seed, with a 95 % interval (Student's t). Live parameters and "
+        f"MACs are shares of those of `{baseline}`; MACs are those of live weights and kept tokens, mean of one image."
     )
     lines += ["", *_table(report)]
     if report["pairs"]:
-        lines += ["", "Other pairs:", "", "| | less | seeds | difference | 95 % interval |", "|---|---|---|---|---|"]
+        lines += ["", "Other pairs:", "", "| | less | seeds | top-1 | loss |", "|---|---|---|---|---|"]
         lines += [
-            f"| {_label(report, pair['entry'])} | {_label(report, pair['beside'])} | {pair['seeds']} | "
-            f"{pair['difference']:+.2f} | {_between(pair)} |"
+            f"| {_label(report, pair['entry'])} | {_label(report, pair['beside'])} | {pair['paired_seeds']} | "
+            f"{_difference(pair, '', 2)} | {_difference(pair, 'loss_', 3)} |"
             for pair in report["pairs"]
         ]
     base = next((row for row in rows if row["entry"] == baseline), None)
@@ -172,16 +186,16 @@ def _table(report: Mapping[str, Any]) -> list[str]:
     """One line for each entry."""
     measured = report["speeds"].get("entries", {})
     lines = [
-        "| | seeds | top-1 | difference | 95 % interval | live | MACs |"
-        + (" step time | throughput |" * bool(measured)),
-        "|---|---|---|---|---|---|---|" + "---|---|" * bool(measured),
+        "| | seeds | top-1 | difference | loss | difference | live | MACs |"
+        + " step time | throughput |" * bool(measured),
+        "|---|---|---|---|---|---|---|---|" + "---|---|" * bool(measured),
     ]
     for row in report["rows"]:
         spread = f" ± {row['top1_spread']:.2f}" if row["top1_spread"] is not None else ""
-        difference = f"{row['difference']:+.2f}" if "difference" in row else ""
         line = (
-            f"| {_label(report, row['entry'])} | {row['seeds']} | {row['top1_mean']:.2f}{spread} | {difference} | "
-            f"{_between(row)} | {100 * row.get('live_ratio', 1):.0f} % | {100 * row.get('macs_ratio', 1):.0f} % |"
+            f"| {_label(report, row['entry'])} | {row['seeds']} | {row['top1_mean']:.2f}{spread} | "
+            f"{_difference(row, '', 2)} | {row['loss_mean']:.3f} | {_difference(row, 'loss_', 3)} | "
+            f"{100 * row.get('live_ratio', 1):.0f} % | {100 * row.get('macs_ratio', 1):.0f} % |"
         )
         if measured:
             speed = measured.get(row["entry"])
@@ -195,8 +209,15 @@ def _label(report: Mapping[str, Any], entry: str) -> str:
     return f"{label} (`{entry}`)" if label else entry
 
 
-def _between(row: Mapping[str, Any]) -> str:
-    return f"{row['interval'][0]:+.2f} to {row['interval'][1]:+.2f}" if "interval" in row else ""
+def _difference(row: Mapping[str, Any], key: str, digits: int) -> str:
+    """A mean difference and its interval, as far as there are any."""
+    if f"{key}difference" not in row:
+        return ""
+    text = f"{row[f'{key}difference']:+.{digits}f}"
+    if f"{key}interval" in row:
+        low, high = row[f"{key}interval"]
+        text += f" ({low:+.{digits}f} to {high:+.{digits}f})"
+    return text.replace("-", "−")
 
 
 def _speed_notes(baseline: str, speeds: Mapping[str, Any]) -> list[str]:

@@ -18,7 +18,7 @@ RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"
 def write_run(folder: Path, top1: list[float], live: int, macs: float) -> None:
     folder.mkdir(parents=True)
     lines = [{"step": 0, "budget/live_parameters": live, "budget/macs": macs}]
-    lines += [{"step": 10 * (i + 1), "eval/top1": value} for i, value in enumerate(top1)]
+    lines += [{"step": 10 * (i + 1), "eval/top1": value, "eval/loss": 1 - value / 100} for i, value in enumerate(top1)]
     lines.append({"step": 10 * len(top1), "train/images_per_second": 100.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "sparse.safetensors").touch()
@@ -40,6 +40,8 @@ def test_the_comparison_by_hand(tmp_path: Path) -> None:
     # paired differences 1, 0, 2: mean 1, standard error 1 / sqrt(3), Student's t of 2 degrees at 97.5 % is 4.3027
     assert half_row["difference"] == 1.0
     assert half_row["interval"] == pytest.approx([1 - 4.3027 / 3**0.5, 1 + 4.3027 / 3**0.5], abs=1e-3)
+    assert (dense_row["loss_mean"], half_row["loss_difference"]) == pytest.approx((0.19, -0.01))
+    assert half_row["loss_interval"] == pytest.approx([-0.01 - 0.043027 / 3**0.5, -0.01 + 0.043027 / 3**0.5], abs=1e-5)
     assert (half_row["live_ratio"], half_row["macs_ratio"]) == (0.5, 0.6)
 
 
@@ -47,7 +49,7 @@ def test_pairs_are_compared_over_the_seeds_they_share() -> None:
     """Seeds 1 and 2 differ by 3 and 1: mean 2, standard error 1, Student's t of one degree at 97.5 % is 12.7062."""
 
     def outcome(accuracy: float) -> Outcome:
-        return Outcome(accuracy, ((1, accuracy),), 1, 1.0)
+        return Outcome(accuracy, 1 - accuracy / 100, ((1, accuracy),), 1, 1.0)
 
     outcomes = {
         "a": {0: outcome(90.0), 1: outcome(83.0), 2: outcome(82.0)},
@@ -55,7 +57,7 @@ def test_pairs_are_compared_over_the_seeds_they_share() -> None:
         "c": {2: outcome(50.0)},
     }
     (row,) = compare(outcomes, [("a", "b"), ("a", "c")])
-    assert (row["entry"], row["beside"], row["seeds"], row["difference"]) == ("a", "b", 2, 2.0)
+    assert (row["entry"], row["beside"], row["paired_seeds"], row["difference"]) == ("a", "b", 2, 2.0)
     assert row["interval"] == pytest.approx([2 - 12.7062, 2 + 12.7062], abs=1e-3)
 
 
@@ -68,6 +70,7 @@ def test_whether_a_curve_is_flat() -> None:
     curves = [[(step, float(value)) for step, value in enumerate((10, 20, 30, 31, 32), start=1)]] * 2
     row = {"entry": "dense", "curves": curves, "top1_spread": 0.5}
     assert "In the last quarter of the run +1.00, more than the 0.50 by which seeds differ" in describe_curve(row)
+    assert describe_curve(row).count(" at step 5") == 1
     assert "+1.00, less than the 2.00" in describe_curve({**row, "top1_spread": 2.0})
     assert describe_curve({**row, "top1_spread": None}).endswith("+1.00.")
 

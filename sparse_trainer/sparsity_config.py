@@ -47,8 +47,9 @@ class SparsityConfig:
     """Share of the run after which the masks stay."""
     grow: str = "gradient"
     """What ranks dead weights: the magnitude of their mean gradient (RigL) or chance (SET)."""
-    growth_batches: int = 1
-    """Micro-batches (backward passes) over which the growth gradient is averaged, in whole optimizer steps."""
+    growth_batches: int = 8
+    """Micro-batches (backward passes) over which the growth gradient is averaged, in whole optimizer steps. RigL
+    takes 1, of which much is noise."""
     regrow: bool = True
     """Whether a weight that an update prunes may grow again in the same update."""
     floor: float = 0.1

@@ -307,7 +307,8 @@ class Traffic(TorchDispatchMode):
 
 def traffic(processes: Processes, folder: Path) -> Found:
     """By step: what was sent, whether it was an update; and the size of gradients and masks."""
-    trainer = advance(make(processes, {"selector": {"keep_ratio": 0.5}, "training": {"accumulate": 2, "steps": 20}}), 2)
+    change: Change = {"selector": {"keep_ratio": 0.5}, "training": {"accumulate": 2, "steps": 20}}
+    trainer = advance(make(processes, {**change, "sparsity": {"growth_batches": 1}}), 2)
     steps = []
     for _ in range(8):
         with Traffic() as count:

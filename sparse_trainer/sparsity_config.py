@@ -66,8 +66,8 @@ class SparsityConfig:
     weight_moments: str = "zero"
     """Where the second moments of a grown weight start: at zero, so that it moves fast before it is judged by its
     magnitude; at the mean of the live ones of its tensor; or at the square of the gradient that grew it."""
-    unit_moments: str = "mean"
-    """The same of a unit: at the mean of the live ones, or at zero."""
+    unit_moments: str = "zero"
+    """The same of a unit: at zero, or at the mean of the live ones."""
     include: tuple[str, ...] = ()
     """Name patterns (as in a shell) of the weights to prune; empty for every Linear and Conv2d weight."""
     exclude: tuple[str, ...] = ()

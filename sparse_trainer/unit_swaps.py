@@ -203,14 +203,14 @@ class UnitSwaps:
             the swaps by index into :attr:`groups`, and warnings.
         """
         round_up = self.config.unit_counts == "round_up"
-        due, credits = zip(*(units.due(drop_fraction, round_up=round_up) for units in self.groups), strict=True)
-        probed = [index for index, count in enumerate(due) if count]
+        due = [units.due(drop_fraction, round_up=round_up) for units in self.groups]
+        probed = [index for index, (count, _) in enumerate(due) if count]
         scores = []
         if probed:
             candidates = [(self.groups[i].group, self.groups[i].masked_candidates(masks)) for i in probed]
             with _probing(self.model, candidates) as gates:
                 scores = _gate_scores(closure, gates)
-        for units, credit in zip(self.groups, credits, strict=True):  # only now: the closure may have failed
+        for units, (_, credit) in zip(self.groups, due, strict=True):  # only now: the closure may have failed
             units.credit = credit
         if not all(bool(score.isfinite().all()) for score in scores):
             return {}, ["a probe batch gave scores that are not finite: no unit was swapped"]
@@ -218,7 +218,7 @@ class UnitSwaps:
         swaps, undone = {}, []
         for index, score in zip(probed, scores, strict=True):
             units = self.groups[index]
-            swap = _choose(units, score, due[index], parameters, self.config.swap == "if_better")
+            swap = _choose(units, score, due[index][0], parameters, self.config.swap == "if_better")
             if not swap.slots:
                 continue
             if set(swap.added) == set(units.last.removed) and set(swap.removed) == set(units.last.added):
@@ -300,10 +300,11 @@ class UnitSwaps:
 
 
 def _restart_moments(part: UnitSlice, key: str, value: Tensor, slots: Tensor, mask: Tensor | None, seed: bool) -> None:
-    """A unit that has just come has first moments 0 and second moments like those around it.
+    """A unit that has just come has first moments 0, and second moments of 0 or, with ``seed``, like those around it.
 
-    With second moments of 0 the bias correction of Adam, which knows only the step number, would make its first
-    steps several times the learning rate.
+    Its output enters as 0, so its gradients are small at first: by the second moments of those around it, it would
+    hardly learn. From 0 Adam takes its steps by its own gradients, the first ones several times the learning rate
+    (the bias correction knows only the step number).
     """
     by_unit = part.units(value)
     start: Tensor | float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -12,8 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from experiments.__main__ import main
+from experiments.grid_report import to_markdown
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -86,3 +89,30 @@ def test_the_checks_are_what_ci_runs() -> None:
     checks = TEXT.split("<!-- checks -->")[1].split("```")[1]
     for tool in ("ruff format --check", "ruff check", "mypy", "pytest"):
         assert tool in checks
+
+
+def test_the_tables_of_results_are_those_of_the_grids() -> None:
+    """Line by line, so that no figure is left behind when a grid runs again."""
+    checked = 0
+    for section in re.split(r"^#+ ", TEXT.split("\n## Results\n")[1], flags=re.MULTILINE):
+        grids = re.findall(r"recipes/grids/(\w+)\.yaml", section)
+        measured = {line for name in grids for line in (RESULTS / f"{name}.md").read_text().splitlines()}
+        for line in section.splitlines() if grids else []:
+            if line.startswith("|"):
+                assert line in measured
+                checked += not line.startswith(("| |", "|--"))
+    assert checked >= 20
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_a_report_is_what_its_figures_say(file: Path) -> None:
+    report = json.loads(file.read_text(encoding="utf-8"))
+    if "pairs" in report:  # of a grid
+        assert to_markdown(file.stem, report) == file.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_pictures_are_there() -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", TEXT)
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / picture).is_file()

@@ -302,8 +302,8 @@ class UnitSwaps:
 def _restart_moments(part: UnitSlice, key: str, value: Tensor, slots: Tensor, mask: Tensor | None, seed: bool) -> None:
     """A unit that has just come has first moments 0, and second moments of 0 or, with ``seed``, like those around it.
 
-    Its output enters as 0, so its gradients are small at first: by the second moments of those around it, it would
-    hardly learn. From 0 Adam takes its steps by its own gradients, the first ones several times the learning rate
+    Its output enters as 0, so its gradients are small at first: the second moments of those around it would keep it
+    slow. From 0 Adam takes its steps by its own gradients, the first ones several times the learning rate
     (the bias correction knows only the step number).
     """
     by_unit = part.units(value)

@@ -91,6 +91,8 @@ def _label(axes: Any, points: Mapping[str, tuple[float, float]], near: float, tu
     names = sorted(points, key=lambda name: points[name][1])
     heights = [points[name][1] for name in names]
     for _ in range(ROUNDS):
+        # Beyond the edge a name would not be drawn.
+        heights = [min(max(height, bottom + gap / 2), top - gap / 2) for height in heights]
         for upper in range(len(names)):
             for lower in range(upper):
                 overlap = gap - (heights[upper] - heights[lower])
@@ -102,5 +104,5 @@ def _label(axes: Any, points: Mapping[str, tuple[float, float]], near: float, tu
         left = x > turn
         axes.annotate(
             name, (x - pad if left else x + pad, y), fontsize=8, va="center", ha="right" if left else "left",
-            color="#333333",
+            color="#333333", bbox={"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.4},
         )  # fmt: skip

@@ -7,6 +7,7 @@ again, and takes turns with the baseline in one process.
 from __future__ import annotations
 
 import warnings
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from experiments.config import RunConfig, resolve
 from experiments.config_reading import load_config
-from experiments.data import create_data
+from experiments.data import Data, create_data
 from experiments.metrics import measure
 from experiments.precision import precision_context
 from experiments.timing import describe_machine, paired
@@ -44,15 +45,18 @@ def measure_speed(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
     """
     base = resolve(load_config(folders[baseline] / "config.yaml"))
     device = torch.device(base.training.device)
-    trainer, classify = _trainer(base), _Classifier(folders[baseline], base)
+    # Entries share their images, whose decoding takes longer than what is timed.
+    open_data = cache(partial(create_data, device=base.training.device, seed=base.training.seed))
+    trainer, classify = _trainer(base, open_data(base.data)), _Classifier(folders[baseline], base, open_data(base.data))
     entries: dict[str, Any] = {}
     for entry, folder in folders.items():
         if entry == baseline:
             continue
         config = resolve(load_config(folder / "config.yaml"))
-        other = _trainer(config)
+        data = open_data(config.data)
+        other = _trainer(config, data)
         steps = paired(trainer.train_step, other.train_step, device=device, pairs=PAIRS, warmup=2, each=STEPS)
-        small = _Classifier(folder, config)
+        small = _Classifier(folder, config, data)
         batches = paired(classify, small, device=device, pairs=PAIRS, warmup=2, each=STEPS)
         entries[entry] = {
             "step_seconds": steps.second,
@@ -72,19 +76,19 @@ def measure_speed(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
     }
 
 
-def _trainer(config: RunConfig) -> Trainer:
+def _trainer(config: RunConfig, data: Data) -> Trainer:
     """A run at its beginning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Trainer(config, create_data(config.data, device=config.training.device, seed=config.training.seed))
+        return Trainer(config, data)
 
 
 class _Classifier:
     """Classifies the same batch of images again and again, as its run would at evaluation."""
 
-    def __init__(self, folder: Path, config: RunConfig) -> None:
+    def __init__(self, folder: Path, config: RunConfig, data: Data) -> None:
         device = torch.device(config.training.device)
-        self.data = create_data(config.data, device=config.training.device, seed=config.training.seed)
+        self.data = data
         self.batch = next(iter(self.data.eval.batches()))[0].to(device)
         self.images = len(self.batch)
         self.model: nn.Module = load_sparse(folder / "sparse.safetensors", create_model=create_model, device=device)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
-from experiments import grid_speed
+from experiments import grid_plot, grid_speed
 from experiments.config import resolve
 from experiments.config_reading import create_parser, parse
 from experiments.grid import Grid, Runs, main, read_grid
@@ -73,6 +74,20 @@ def test_whether_a_curve_is_flat() -> None:
     assert describe_curve(row).count(" at step 5") == 1
     assert "+1.00, less than the 2.00" in describe_curve({**row, "top1_spread": 2.0})
     assert describe_curve({**row, "top1_spread": None}).endswith("+1.00.")
+
+
+def test_names_that_crowd_at_the_edge_are_all_drawn() -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots()
+    axes.set(xlim=(0, 100), ylim=(0, 1))
+    points = {f"entry_{i}": (50.0, 0.99 + 0.001 * i) for i in range(10)} | {"low": (50.0, 0.0)}
+    grid_plot._label(axes, points, near=25)
+    heights = {text.get_text(): text.xy[1] for text in axes.texts}
+    assert set(heights) == set(points)
+    assert all(0 < height < 1 for height in heights.values())
+    ordered = sorted(heights.values())
+    assert min(after - before for before, after in pairwise(ordered)) > 0.02
+    assert heights["entry_9"] == ordered[-1]
 
 
 def test_a_run_that_needs_another() -> None:

@@ -73,7 +73,8 @@ def pad(values: Tensor, layout: Layout, fill: float) -> Tensor:
 
 def unpad(rows: Tensor, layout: Layout) -> Tensor:
     """Inverse of :func:`pad`: ``[B, longest, ...]`` to ``[S, ...]``."""
-    return rows[layout.image, layout.position]
+    # Rows by one number are copied as they are; an index of two is taken apart element by element.
+    return rows.flatten(0, 1).index_select(0, layout.image * rows.shape[1] + layout.position)
 
 
 def shrink(layout: Layout, keep: Tensor) -> tuple[Tensor, Layout]:
@@ -85,7 +86,7 @@ def shrink(layout: Layout, keep: Tensor) -> tuple[Tensor, Layout]:
         keep: bool ``[B, longest]``, rows and places as :func:`pad` gives them, False beyond an image's end.
 
     Returns:
-        the index ``[S']`` that turns the old sheet into the new one, ``sheet[index]``, and the new layout.
+        numbers ``[S']`` of the tokens of the old sheet that are the new one, and the new layout.
     """
     device = keep.device
     counts, order = keep.sum(dim=1).sort(stable=True)
@@ -104,7 +105,7 @@ def shrink(layout: Layout, keep: Tensor) -> tuple[Tensor, Layout]:
         order=layout.order[order],
         image=image,
         position=torch.arange(total, device=device) - starts[image],
-        source=layout.source[index],
+        source=layout.source.index_select(0, index),
         starts=starts.to(torch.int32),
     )
 
@@ -178,5 +179,5 @@ def class_attention_packed(query: Tensor, key: Tensor, layout: Layout) -> Tensor
     """
     dtype = torch.promote_types(key.dtype, torch.float32)
     classes = query[layout.starts[:-1].long()].to(dtype) * query.shape[-1] ** -0.5
-    logits = (key.to(dtype) * classes[layout.image]).sum(dim=-1)
+    logits = (key.to(dtype) * classes.index_select(0, layout.image)).sum(dim=-1)
     return unpad(pad(logits, layout, -torch.inf).softmax(dim=1), layout)

@@ -222,7 +222,7 @@ class _SelectsTokens(VisionTransformer):
                 rows = pad(scores, layout, -torch.inf)[:, prefix:]
                 keep = selector.choose(rows, rows > -torch.inf, len(masks))
                 index, layout = shrink(layout, F.pad(keep, (prefix, 0), value=True))
-                sheet = sheet[index]
+                sheet = sheet.index_select(0, index)
                 masks.append(_mask_on_grid(layout, tokens)[:, prefix:].to(scores.dtype))
         heads = layout.starts[:-1].long()[:, None] + torch.arange(prefix, device=x.device)
         return sheet[heads[layout.order.argsort()]], Selection(selector.stages, tuple(masks), prefix)

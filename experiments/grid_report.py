@@ -192,8 +192,11 @@ def _table(report: Mapping[str, Any]) -> list[str]:
     ]
     for row in report["rows"]:
         spread = f" ± {row['top1_spread']:.2f}" if row["top1_spread"] is not None else ""
+        seeds = str(row["seeds"])
+        if row.get("paired_seeds", row["seeds"]) < row["seeds"]:
+            seeds += f", {row['paired_seeds']} paired"
         line = (
-            f"| {_label(report, row['entry'])} | {row['seeds']} | {row['top1_mean']:.2f}{spread} | "
+            f"| {_label(report, row['entry'])} | {seeds} | {row['top1_mean']:.2f}{spread} | "
             f"{_difference(row, '', 2)} | {row['loss_mean']:.3f} | {_difference(row, 'loss_', 3)} | "
             f"{100 * row.get('live_ratio', 1):.0f} % | {100 * row.get('macs_ratio', 1):.0f} % |"
         )

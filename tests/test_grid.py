@@ -11,7 +11,7 @@ from experiments import grid_plot, grid_speed
 from experiments.config import resolve
 from experiments.config_reading import create_parser, parse
 from experiments.grid import Grid, Runs, main, read_grid
-from experiments.grid_report import Outcome, compare, describe_curve, interval, read_outcome, summarize
+from experiments.grid_report import Outcome, compare, describe_curve, interval, read_outcome, summarize, to_markdown
 
 RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"
 
@@ -60,6 +60,18 @@ def test_pairs_are_compared_over_the_seeds_they_share() -> None:
     (row,) = compare(outcomes, [("a", "b"), ("a", "c")])
     assert (row["entry"], row["beside"], row["paired_seeds"], row["difference"]) == ("a", "b", 2, 2.0)
     assert row["interval"] == pytest.approx([2 - 12.7062, 2 + 12.7062], abs=1e-3)
+
+
+def test_seeds_that_the_baseline_lacks_are_not_in_the_difference() -> None:
+    """A mean of 70 over two seeds, and a difference of 81 - 80 over the one that both have."""
+
+    def outcome(accuracy: float) -> Outcome:
+        return Outcome(accuracy, 1.0, ((1, accuracy),), 1, 1.0)
+
+    outcomes = {"dense": {0: outcome(80.0)}, "half": {0: outcome(81.0), 1: outcome(59.0)}}
+    report = {"baseline": "dense", "title": "", "command": "", "labels": {}, "pairs": [], "speeds": {}}
+    text = to_markdown("g", {**report, "rows": summarize(outcomes, "dense")})
+    assert "| half | 2, 1 paired | 70.00 ± 15.56 | +1.00 |" in text
 
 
 def test_an_interval_of_equal_differences() -> None:

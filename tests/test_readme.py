@@ -14,6 +14,7 @@ from torch import nn
 
 from experiments.__main__ import main
 from experiments.grid_report import to_markdown
+from sparse_trainer import read_info
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -66,14 +67,20 @@ def test_the_other_commands_are_understood(
     assert "data/imagenet" in capsys.readouterr().err
 
 
-def test_the_loop_of_ten_lines() -> None:
-    (example,) = blocks("python")
+def test_the_loop_of_ten_lines_and_what_comes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example, ending = blocks("python")
     images, targets = torch.randn(2, 3, 224, 224), torch.tensor([3, 5])
     names = {"loader": [(images, targets)], "criterion": nn.CrossEntropyLoss()}
     exec(compile(example, "README.md", "exec"), names)
     scheduler = names["scheduler"]
     assert scheduler.budget.live == round(0.5 * 21_912_576)  # type: ignore[attr-defined]
     assert scheduler.step_number == 1  # type: ignore[attr-defined]
+    trained = names["model"].state_dict()  # type: ignore[attr-defined]
+    exec(compile(ending, "README.md", "exec"), names)
+    loaded = names["model"].state_dict()  # type: ignore[attr-defined]
+    assert all(torch.equal(loaded[name], value) for name, value in trained.items())
+    assert read_info(tmp_path / "sparse.safetensors").budget.live == round(0.5 * 21_912_576)
 
 
 @pytest.mark.parametrize("tower", ["sparse_trainer", "models"])

@@ -295,6 +295,13 @@ def _conclude(loop: Loop, console: Console) -> None:
     prefix = "ema_" if trainer.ema is not None else ""
     sparse_bytes = folder.sparse.stat().st_size
     minutes, seconds = divmod(round(loop.clock.seconds), 60)
+    losses = trainer.config.losses
+    # Of training images, which may be augmented to hold less that is worth a look than those of the evaluation.
+    asked = (
+        f"; {count.macs / trainer.dense_macs:.1%} computed, {losses.macs_target:.1%} asked of training images"
+        if losses.macs_target is not None and losses.bounds_macs
+        else ""
+    )
     rows = [
         ("accuracy", f"top-1 {last[prefix + 'top1']:.2f} %   top-5 {last[prefix + 'top5']:.2f} %"),
         ("best top-1", f"{best[loop.score]:.2f} % at step {int(best['step']):,}"),
@@ -302,7 +309,7 @@ def _conclude(loop: Loop, console: Console) -> None:
         (
             "MACs per image",
             f"{count.live_macs / 1e6:,.1f} M live, {count.macs / 1e6:,.1f} M as computed; dense "
-            f"{trainer.dense_macs / 1e6:,.1f} M",
+            f"{trainer.dense_macs / 1e6:,.1f} M{asked}",
         ),
         (
             "sparse file",

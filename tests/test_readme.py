@@ -44,7 +44,14 @@ def test_the_commands_of_the_quick_start(
     assert ["evaluate", "runs/quickstart/sparse.safetensors"] in found
     assert main(["train", *SHORT]) == 0
     output = capsys.readouterr().out
-    for word in ("accuracy", "live parameters", "MACs", "sparse file", "written to", "tensorboard --logdir runs"):
+    for word in (
+        "accuracy",
+        "live parameters",
+        "% asked of training",
+        "sparse file",
+        "written to",
+        "tensorboard --logdir runs",
+    ):
         assert word in output
     assert main(["evaluate", "runs/quickstart/sparse.safetensors"]) == 0
     assert "top-1" in capsys.readouterr().out

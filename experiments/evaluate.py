@@ -20,6 +20,7 @@ from experiments.data import Data, DataConfig, create_data
 from experiments.metrics import Measured, count_used, describe_tokens, measure
 from experiments.precision import precision_context
 from models import create_model
+from models.token_selector import ThresholdSelector, TopKSelector
 from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_sparse, load_sparse_masks, read_info
 
 
@@ -30,6 +31,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, mps")
     parser.add_argument(
         "--amp", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="precision of matrix products"
+    )
+    parser.add_argument(
+        "--selection",
+        choices=["learned", "random"],
+        default="learned",
+        help="random: draw as many patches of every image as the selector keeps, to see what its choice is worth",
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_class_arguments(DataConfig, "data")
@@ -102,12 +109,15 @@ class Evaluation:
     histogram: dict[str, dict[str, int]]
 
 
-def evaluate(path: Path, data_config: DataConfig, *, device: torch.device, amp: str) -> Evaluation:
+def evaluate(
+    path: Path, data_config: DataConfig, *, device: torch.device, amp: str, at_random: bool = False
+) -> Evaluation:
     """Measure a sparse checkpoint.
 
     Args:
         data_config: as :func:`data_of` finds it.
         amp: float32, bfloat16 or float16.
+        at_random: draw as many patches as the selector keeps, in place of those it keeps.
 
     Raises:
         CheckpointError: the file is damaged, or none, or its network cannot run.
@@ -115,6 +125,11 @@ def evaluate(path: Path, data_config: DataConfig, *, device: torch.device, amp: 
     """
     info = read_info(path)
     model = load_sparse(path, create_model=create_model, device=device)
+    if at_random:
+        selector = getattr(model, "selector", None)
+        if not isinstance(selector, TopKSelector | ThresholdSelector):
+            raise ConfigError(f"--selection: random needs a checkpoint with a token selector; {path} has none")
+        selector.chance = torch.Generator().manual_seed(0)
     data = open_eval_data(data_config, info, str(device))
     classes = getattr(model, "num_classes", data.num_classes)
     if classes != data.num_classes:
@@ -192,7 +207,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
     amp = options.amp
     if amp == "auto":
         amp = "bfloat16" if has_bfloat16_matmul(device) else "float32"
-    evaluation = evaluate(path, data_config, device=device, amp=amp)
+    at_random = options.selection == "random"
+    evaluation = evaluate(path, data_config, device=device, amp=amp, at_random=at_random)
     measured, macs = evaluation.measured, evaluation.macs
     found = measured.metrics
     numbers: dict[str, Any] = {
@@ -202,6 +218,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
         "total_parameters": info.budget.total,
         "macs": round(macs),
     }
+    if at_random:
+        numbers["selection"] = "random"
     if evaluation.histogram:
         numbers["images_by_patches_kept"] = evaluation.histogram
     if options.json:
@@ -217,7 +235,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
         ("speed", f"{numbers['images_per_second']:,.0f} images/s, {amp} on {device}, data included"),
     ]
     if measured.tokens is not None:
-        rows.insert(-1, ("patches kept", describe_tokens(measured.tokens)))
+        chosen = "; drawn at random" if at_random else ""
+        rows.insert(-1, ("patches kept", describe_tokens(measured.tokens) + chosen))
     for stage, images in evaluation.histogram.items():
         rows.insert(-1, (f"images by patches kept, block {stage}", describe_histogram(images)))
     print_table(create_console(), str(path), rows)

@@ -17,7 +17,8 @@ A grid file names a recipe, what all entries change in it, and the entries::
 for the seed. Runs go to ``runs/<grid>/<entry>-seed<k>``. One that was interrupted goes on, one that is done is not
 repeated. The report (:mod:`experiments.grid_report`) compares each entry with the baseline, and the pairs of
 ``compare`` with each other, seed by seed: the same seed means the same first weights and images. With ``--measure``
-the finished runs are then timed against the baseline's, one after the other (:mod:`experiments.grid_speed`).
+the finished runs are then timed against the baseline's, one after the other (:mod:`experiments.grid_speed`), and what
+selectors chose is compared with chance (:mod:`experiments.grid_chance`).
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ from typing import Any
 import yaml
 
 from experiments.config import ConfigError
+from experiments.grid_chance import measure_chance
 from experiments.grid_plot import draw
-from experiments.grid_report import compare, read_outcome, summarize, to_markdown
+from experiments.grid_report import compare, compare_with_chance, read_outcome, summarize, to_markdown
 from experiments.grid_speed import measure_speed
 from experiments.timing import use_threads
+from sparse_trainer.checkpoint import CheckpointError
 
 NEEDED = re.compile(r"\{run:([^}]*)\}")
 
@@ -203,7 +206,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="ENTRY", help="train these, and what they need")
     parser.add_argument("--report-only", action="store_true", help="only read what is there")
     parser.add_argument(
-        "--measure", action="store_true", help="time training and inference of what is finished; on a quiet machine"
+        "--measure",
+        action="store_true",
+        help="time training and inference of what is finished, and compare selectors with chance; on a quiet machine",
     )
     options, extra = parser.parse_known_args(arguments)
     try:
@@ -234,13 +239,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     data = options.results / f"{grid.name}.json"
     known = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else {}
-    speeds = known.get("speeds", {})
+    speeds, chance = known.get("speeds", {}), known.get("chance", [])
     if options.measure:
         try:
             with use_threads(options.threads or None):
                 finished = {entry: runs.path(entry, min(found)) for entry, found in outcomes.items() if found}
                 speeds = measure_speed(finished, grid.baseline)
-        except ConfigError as error:
+            runs_of = {entry: {seed: runs.path(entry, seed) for seed in found} for entry, found in outcomes.items()}
+            chance = compare_with_chance(outcomes, measure_chance(runs_of))
+        except (ConfigError, CheckpointError) as error:
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
             return 1
     options.results.mkdir(parents=True, exist_ok=True)
@@ -253,6 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rows": rows,
         "pairs": compare(outcomes, grid.pairs),
         "speeds": speeds,
+        "chance": chance,
     }
     data.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     text = to_markdown(grid.name, report)

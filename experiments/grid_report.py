@@ -124,6 +124,32 @@ def compare(outcomes: Mapping[str, Mapping[int, Outcome]], pairs: Sequence[Seque
     return rows
 
 
+def compare_with_chance(
+    outcomes: Mapping[str, Mapping[int, Outcome]], chance: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """One row for each entry with a selector: its top-1, and that with as many patches drawn at random.
+
+    Args:
+        outcomes: by entry and seed.
+        chance: of :func:`experiments.grid_chance.measure_chance`.
+    """
+    rows = []
+    for entry, drawn in chance.items():
+        pairs = [(outcomes[entry][int(seed)].accuracy, top1) for seed, top1 in drawn.items()]
+        apart = [chosen - random for chosen, random in pairs]
+        row: dict[str, Any] = {
+            "entry": entry,
+            "seeds": len(pairs),
+            "chosen": statistics.mean(chosen for chosen, _ in pairs),
+            "random": statistics.mean(random for _, random in pairs),
+            "difference": statistics.mean(apart),
+        }
+        if len(pairs) > 1:
+            row["interval"] = interval(apart)
+        rows.append(row)
+    return rows
+
+
 def differences(first: Mapping[int, Outcome], second: Mapping[int, Outcome]) -> dict[str, Any]:
     """The first less the second over the seeds that both have: means, and from two seeds on their intervals.
 
@@ -151,7 +177,8 @@ def to_markdown(name: str, report: Mapping[str, Any]) -> str:
     Args:
         report: what is in the grid's JSON file: ``title``, ``command``, ``baseline``, ``labels``, ``rows`` of
             :func:`summarize`, ``pairs`` of :func:`compare`, and ``speeds`` of
-            :func:`experiments.grid_speed.measure_speed`, empty if nothing was timed.
+            :func:`experiments.grid_speed.measure_speed`, empty if nothing was timed, and likewise ``chance`` of
+            :func:`compare_with_chance`.
     """
     baseline, rows = report["baseline"], report["rows"]
     lines = [f"# {name}", "", *([report["title"], ""] if report["title"] else []), "Made by", ""]
@@ -168,6 +195,18 @@ def to_markdown(name: str, report: Mapping[str, Any]) -> str:
             f"| {_label(report, pair['entry'])} | {_label(report, pair['beside'])} | {pair['paired_seeds']} | "
             f"{_difference(pair, '', 2)} | {_difference(pair, 'loss_', 3)} |"
             for pair in report["pairs"]
+        ]
+    if report.get("chance"):
+        lines += [
+            "",
+            "Top-1 with the patches that selectors choose, and with as many of every image drawn at random:",
+            "",
+        ]
+        lines += ["| | seeds | chosen | at random | difference |", "|---|---|---|---|---|"]
+        lines += [
+            f"| {_label(report, row['entry'])} | {row['seeds']} | {row['chosen']:.2f} | {row['random']:.2f} | "
+            f"{_difference(row, '', 2)} |"
+            for row in report["chance"]
         ]
     base = next((row for row in rows if row["entry"] == baseline), None)
     if base is not None:

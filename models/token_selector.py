@@ -189,6 +189,21 @@ def kept_count(keep_ratio: float, patches: int) -> int:
     return max(1, round(keep_ratio * patches))
 
 
+def as_many_at_random(keep: Tensor, live: Tensor, generator: torch.Generator) -> Tensor:
+    """For every image as many of its live patches as ``keep`` has, drawn at random.
+
+    Args:
+        keep: bool ``[B, N]``, within ``live``.
+        live: bool ``[B, N]``.
+        generator: on the CPU, so that a seed draws the same everywhere.
+
+    Returns:
+        bool ``[B, N]``.
+    """
+    noise = torch.rand(keep.shape, generator=generator).to(keep.device).masked_fill(~live, 2.0)
+    return noise.argsort(dim=1).argsort(dim=1) < keep.sum(dim=1, keepdim=True)
+
+
 def gather_tokens(tokens: Tensor, indices: Tensor) -> Tensor:
     """``tokens`` ``[B, N, C]`` at ``indices`` ``[B, K]``: ``[B, K, C]``."""
     return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
@@ -215,6 +230,9 @@ class TopKSelector(nn.Module):
         #: (rank, size): of the processes that share each batch. Each draws the noise of the whole and takes its own
         #: part, in the order of the ranks, so that the batch is given the same noise however it is shared.
         self.share = (0, 1)
+        #: In evaluation: draw as many patches at random in place of the best. What a score is worth is what it is worth
+        #: beyond that.
+        self.chance: torch.Generator | None = None
         # A tensor, so that a compiled training step is not compiled again for each temperature.
         self.register_buffer("tau", torch.tensor(float(config.tau_start)), persistent=False)
 
@@ -261,6 +279,8 @@ class TopKSelector(nn.Module):
             indices = top_k_indices(soft.detach(), count)
             hard = torch.zeros_like(soft).scatter(1, indices, 1.0)
             return indices, straight_through(hard, soft)
+        if self.chance is not None:
+            logits = torch.rand(logits.shape, generator=self.chance).to(logits)
         indices = top_k_indices(logits, count)
         return indices, torch.zeros_like(logits).scatter(1, indices, 1.0)
 
@@ -329,13 +349,18 @@ class ThresholdSelector(nn.Module):
         self.config = config
         self.stages = config.stages
         self.thresholds = nn.Parameter(torch.tensor(config.thresholds, dtype=torch.get_default_dtype()))
+        #: In evaluation: as :attr:`TopKSelector.chance`, as many patches as lie above the threshold.
+        self.chance: torch.Generator | None = None
 
     def set_progress(self, fraction: float) -> None:
         """Nothing here depends on the progress of training."""
 
     def choose(self, scores: Tensor, live: Tensor, stage: int) -> Tensor:
         """The patches ``[B, N]`` (bool) that stage number ``stage`` keeps among the live ones."""
-        return above_threshold(scores, self.thresholds[stage], live)
+        keep = above_threshold(scores, self.thresholds[stage], live)
+        if self.chance is not None and not self.training:
+            keep = as_many_at_random(keep, live, self.chance)
+        return keep
 
     def forward(self, scores: Tensor, previous: Tensor | None, stage: int) -> Tensor:
         """The mask ``[B, N]`` after stage number ``stage``, with its straight-through gradient.

@@ -35,3 +35,17 @@ def test_images_that_keep_their_own_number_of_patches(tmp_path: Path, capsys: py
         assert mean == pytest.approx(found[f"tokens_kept/{stage}"])
     assert main(["evaluate", str(loop.folder.sparse)]) == 0
     assert "images by patches kept" in capsys.readouterr().out
+    assert main(["evaluate", str(loop.folder.sparse), "--json", "--selection", "random"]) == 0
+    drawn = json.loads(capsys.readouterr().out)
+    first = min(found["images_by_patches_kept"], key=int)
+    assert drawn["images_by_patches_kept"][first] == found["images_by_patches_kept"][first]
+    assert (drawn["selection"], drawn["loss"] != found["loss"]) == ("random", True)
+
+
+def test_without_a_selector_nothing_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loop = start(tmp_path / "run", {"sparsity": None, "selector": None}, {"training": {"epochs": 1}})
+    loop.folder.config.write_text(to_yaml(loop.trainer.config))
+    run(loop)
+    capsys.readouterr()
+    assert main(["evaluate", str(loop.folder.sparse), "--selection", "random"]) == 2
+    assert "--selection: random needs a checkpoint with a token selector" in capsys.readouterr().err

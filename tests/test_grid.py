@@ -11,7 +11,16 @@ from experiments import grid_plot, grid_speed
 from experiments.config import resolve
 from experiments.config_reading import create_parser, parse
 from experiments.grid import Grid, Runs, main, read_grid
-from experiments.grid_report import Outcome, compare, describe_curve, interval, read_outcome, summarize, to_markdown
+from experiments.grid_report import (
+    Outcome,
+    compare,
+    compare_with_chance,
+    describe_curve,
+    interval,
+    read_outcome,
+    summarize,
+    to_markdown,
+)
 
 RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"
 
@@ -72,6 +81,14 @@ def test_seeds_that_the_baseline_lacks_are_not_in_the_difference() -> None:
     report = {"baseline": "dense", "title": "", "command": "", "labels": {}, "pairs": [], "speeds": {}}
     text = to_markdown("g", {**report, "rows": summarize(outcomes, "dense")})
     assert "| half | 2, 1 paired | 70.00 ± 15.56 | +1.00 |" in text
+
+
+def test_a_choice_is_compared_with_chance_seed_by_seed() -> None:
+    """Chosen 63 and 62, at random 60 and 61: differences 3 and 1, mean 2, and 12.7062 for one degree of freedom."""
+    outcomes = {"tokens": {0: Outcome(63.0, 1.0, ((1, 63.0),), 1, 1.0), 2: Outcome(62.0, 1.0, ((1, 62.0),), 1, 1.0)}}
+    (row,) = compare_with_chance(outcomes, {"tokens": {"0": 60.0, "2": 61.0}})
+    assert (row["chosen"], row["random"], row["difference"], row["seeds"]) == (62.5, 60.5, 2.0, 2)
+    assert row["interval"] == pytest.approx([2 - 12.7062, 2 + 12.7062], abs=1e-3)
 
 
 def test_an_interval_of_equal_differences() -> None:
@@ -163,6 +180,14 @@ def test_a_grid_runs_goes_on_and_reports(
     assert content["speeds"]["entries"]["half"]["kept"] is None
     assert content["speeds"]["entries"]["tokens"]["kept"]["patches"] == 16
     assert "Patches that images keep" in (tmp_path / "results" / "small.md").read_text()
+    (chance,) = content["chance"]
+    (tokens,) = (row for row in content["rows"] if row["entry"] == "tokens")
+    assert (chance["entry"], chance["seeds"], chance["chosen"]) == ("tokens", 1, tokens["top1_mean"])
+    assert chance["random"] != chance["chosen"]
+    assert (
+        f"| tokens | 1 | {chance['chosen']:.2f} | {chance['random']:.2f} |"
+        in (tmp_path / "results" / "small.md").read_text()
+    )
     assert main([*options, "--report-only"]) == 0  # what was timed stays
     assert json.loads((tmp_path / "results" / "small.json").read_text()) == content
     capsys.readouterr()

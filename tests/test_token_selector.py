@@ -19,6 +19,7 @@ from models.token_selector import (
     ThresholdSelector,
     TopKSelector,
     above_threshold,
+    as_many_at_random,
     class_attention,
     gather_tokens,
     gumbel_softmax,
@@ -131,6 +132,49 @@ def test_gumbel_noise_draws_in_proportion_to_the_scores() -> None:
     winners = (logits + selector._noise(logits)).argmax(dim=1)
     shares = winners.bincount(minlength=3) / 20_000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0.3, 0.2]), atol=0.015, rtol=0)
+
+
+def test_as_many_at_random() -> None:
+    live = torch.rand(200, 12, generator=generator(1)) < 0.7
+    live[:, 0] = True
+    keep = live & (torch.rand(200, 12, generator=generator(2)) < 0.5)
+    drawn = as_many_at_random(keep, live, generator())
+    assert torch.equal(drawn.sum(dim=1), keep.sum(dim=1))
+    assert not (drawn & ~live).any()
+    assert not torch.equal(drawn, keep)
+    # Each live place is drawn as often as another: of 4 live ones 2 are kept, so half of the time.
+    live = torch.tensor([True, False, True, True, False, True]).expand(4000, -1)
+    keep = torch.tensor([True, False, True, False, False, False]).expand(4000, -1)
+    shares = as_many_at_random(keep, live, generator()).double().mean(dim=0)
+    assert torch.allclose(shares[live[0]], torch.full((4,), 0.5, dtype=torch.float64), atol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "threshold"])
+def test_chance_counts_in_evaluation_only(kind: str) -> None:
+    """The same number for every image, another choice; training is as it was."""
+    scores = torch.rand(8, 20, generator=generator())
+    if kind == "top_k":
+        selector: Any = TopKSelector(SelectorConfig(kind="top_k", keep_ratio=0.5), 4)
+        patches = torch.randn(8, 20, 4, generator=generator())
+
+        def choose() -> Tensor:
+            return selector(patches, 0)[1].detach() > 0.5
+    else:
+        selector = ThresholdSelector(SelectorConfig(kind="threshold", stages=(1,), thresholds=(0.5,)))
+
+        def choose() -> Tensor:
+            return selector(scores, None, 0).detach() > 0.5
+
+    selector.eval()
+    learned = choose()
+    selector.chance = generator(3)
+    drawn = choose()
+    assert torch.equal(drawn.sum(dim=1), learned.sum(dim=1))
+    assert not torch.equal(drawn, learned)
+    selector.train()
+    state = selector.chance.get_state()
+    choose()
+    assert torch.equal(selector.chance.get_state(), state)
 
 
 def test_top_k_selector_counts_and_gradient() -> None:

@@ -71,8 +71,8 @@ class DataConfig:
     """Evaluation resizes to image_size / crop_pct and takes the centre."""
 
     crop_padding: int = 0
-    """Random crop after a border of so many black pixels. A threshold selector drops those first, so that evaluation,
-    where there are none, keeps more patches than training; ``crop_scale`` has no border."""
+    """Random crop after a border of so many black pixels. A threshold selector may drop those first;
+    evaluation, where there are none, then keeps more patches than training. ``crop_scale`` has no border."""
     crop_scale: float = 1.0
     """Least share of the area in a random resized crop (ImageNet: 0.08); 1 is no such crop."""
     horizontal_flip: float = 0.5

@@ -79,6 +79,21 @@ def attend_scored(attn: Attention, query: Tensor, key: Tensor, value: Tensor, *,
     return context, head_weighted_scores(class_row[:, prefix:], context[:, prefix:], query.shape[1])
 
 
+def attend_gated(
+    attn: Attention, query: Tensor, key: Tensor, value: Tensor, *, factor: Tensor, prefix: int
+) -> tuple[Tensor, None]:
+    """Fused attention over ``[B, N, H, dh]``, where looking at a patch counts ``factor`` ``[B, N - prefix]`` times.
+
+    For a factor of 1 it is plain attention, and the factor's gradient says what the loss would gain if the others
+    looked at the patch more.
+    """
+    query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of q and k under autocast gives float32
+    bias = F.pad(factor.log(), (prefix, 0))[:, None, None, :]
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout).transpose(1, 2), None
+
+
 def attend_masked(
     attn: Attention, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor, prefix: int, scored: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -187,9 +202,12 @@ class _SelectsTokens(VisionTransformer):
                 kept = x[:, prefix:] if selector.config.zeroing else gather_tokens(x[:, prefix:], indices)
                 if selector.config.zeroing:
                     kept = kept * factor.unsqueeze(-1).to(x.dtype)
-                elif self.training:
+                elif self.training and selector.config.gradient == "factor":
                     kept = kept * kept_factor.unsqueeze(-1).to(x.dtype)
                 x = torch.cat([x[:, :prefix], kept], dim=1)
+                if self.training and selector.config.gradient == "attention":
+                    x = self._checkpointed(_run_block_gated, block, x, kept_factor, prefix)
+                    continue
             x = self._checkpointed(block, x)
         return x, Selection(selector.stages, tuple(masks), prefix, removes=not selector.config.zeroing)
 
@@ -232,6 +250,13 @@ class _SelectsTokens(VisionTransformer):
         if self.grad_checkpointing and torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
+
+
+def _run_block_gated(block: Block, x: Tensor, factor: Tensor, prefix: int) -> Tensor:
+    def attend_to(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        return attend_gated(cast(Attention, block.attn), q, k, v, factor=factor, prefix=prefix)
+
+    return run_block(block, x, attend_to)[0]
 
 
 def _run_block_masked(
@@ -298,12 +323,12 @@ def add_selector(model: nn.Module, config: SelectorConfig) -> nn.Module:
         problems.append("the model has no class token")
     if not isinstance(model.patch_drop, nn.Identity):
         problems.append("patch_drop_rate drops patches at random; leave it at 0")
-    if config.kind == "threshold":
-        if model.global_pool != "token":
-            problems.append(f"global_pool is {model.global_pool!r}; the threshold selector needs 'token'")
-        if not all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
-            kind = type(model.blocks[0]).__name__
-            problems.append(f"the blocks are {kind}; the threshold selector knows timm's Block with Attention")
+    if config.kind == "threshold" and model.global_pool != "token":
+        problems.append(f"global_pool is {model.global_pool!r}; the threshold selector needs 'token'")
+    reads_attention = config.kind == "threshold" or config.gradient == "attention"
+    if reads_attention and not all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
+        kind, way = type(model.blocks[0]).__name__, "" if config.kind == "threshold" else " (gradient: factor any)"
+        problems.append(f"the blocks are {kind}; the {config.kind} selector knows timm's Block with Attention{way}")
     if problems:
         raise ValueError("selector: " + "; ".join(problems))
 

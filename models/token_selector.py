@@ -25,7 +25,7 @@ from torch.nn import functional as F
 REFERENCE_TOKENS = 197
 
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "top_k": ("keep_ratio", "tau_start", "tau_end", "zeroing", "seed"),
+    "top_k": ("keep_ratio", "gradient", "noise", "tau_start", "tau_end", "zeroing", "seed"),
     "threshold": ("thresholds", "temperature"),
 }
 _DEFAULT_STAGES: dict[str, tuple[int, ...]] = {"top_k": (0,), "threshold": (4, 7, 10)}
@@ -44,6 +44,13 @@ class SelectorConfig:
     #: (4, 7, 10) for threshold, which needs the attention of the block before and so starts at 1.
     stages: tuple[int, ...] | None = None
     keep_ratio: float = 0.7  #: top_k: patches kept over patches that reach a stage
+    #: top_k: by what the scorer learns that a kept patch was worth it. factor: what the loss would gain if the patch
+    #: were multiplied by more than 1 (published). attention: if the other tokens looked at it more, in the block that
+    #: follows. From scratch at the input the former chose better; from a trained network, without noise, the latter.
+    gradient: Literal["factor", "attention"] = "factor"
+    #: top_k: of the Gumbel noise that scores get in training, which tries out other patches than evaluation takes
+    #: (1: published; 0: none)
+    noise: float = 1.0
     tau_start: float = 10.0  #: top_k: softmax temperature at the start of training
     tau_end: float = 0.1  #: top_k: and at its end; linear in between
     #: top_k: zero the dropped patches and carry them along, as the published code does. Saves no time.
@@ -82,6 +89,12 @@ class SelectorConfig:
             for key in ("tau_start", "tau_end"):
                 if not getattr(self, key) > 0:
                     problems.append(f"{key} is {getattr(self, key)}; give a positive number")
+            if self.gradient not in ("factor", "attention"):
+                problems.append(f"gradient is {self.gradient!r}; choose factor or attention")
+            if not 0 <= self.noise < math.inf:
+                problems.append(f"noise is {self.noise}; give 0 (none) or a positive number (1: as published)")
+            if self.zeroing and self.gradient != "factor":
+                problems.append("zeroing multiplies by the mask; it needs gradient: factor")
             if self.zeroing and len(stages) > 1:
                 problems.append(f"zeroing is there for one stage; stages is {stages}")
 
@@ -270,12 +283,13 @@ class TopKSelector(nn.Module):
 
         Returns:
             positions ``[B, K]``, ascending, and the factor ``[B, N]`` that carries the gradient: its value is
-            1 where kept, 0 elsewhere. In evaluation there is no noise, and the factor carries no gradient.
+            1 where kept, 0 elsewhere. In evaluation there is no noise, and it carries no gradient.
         """
         logits = _wide(self.scorers[stage](patches).squeeze(-1))
         count = kept_count(self.config.keep_ratio, logits.shape[1])
         if self.training:
-            soft = gumbel_softmax(logits, self._noise(logits), self.tau)
+            noise = self.config.noise * self._noise(logits) if self.config.noise else None
+            soft = gumbel_softmax(logits, noise, self.tau)
             indices = top_k_indices(soft.detach(), count)
             hard = torch.zeros_like(soft).scatter(1, indices, 1.0)
             return indices, straight_through(hard, soft)

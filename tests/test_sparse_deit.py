@@ -30,6 +30,7 @@ TINY = {
     "num_classes": 5,
 }
 PATCHES = 16
+ATTENTION = {"keep_ratio": 0.4, "gradient": "attention", "noise": 0.0}
 THRESHOLD = {"kind": "threshold", "stages": (1, 2, 3), "thresholds": (0.0045, 0.0055, 0.007)}
 
 #: Everything of timm's block that the selecting forward has to honour.
@@ -115,6 +116,13 @@ def test_keeping_all_patches_is_the_dense_model(selector: Any, variant: str, tra
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_training_by_the_gradient_of_attention_computes_what_evaluation_does(variant: str) -> None:
+    model = tiny({**ATTENTION, "stages": (0, 2)}, variant)
+    x = images(6, model)
+    close(model.train()(x), model.eval()(x), 1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_masked_training_equals_packed_evaluation(variant: str) -> None:
     model = tiny(THRESHOLD, variant)
     x = images(12, model)
@@ -181,7 +189,7 @@ def test_any_thresholds_in_any_order(thresholds: list[float], seed: int) -> None
     close(torch.cat([model(one) for one in x.split(1)]), together, 1e-5)
 
 
-@pytest.mark.parametrize("selector", [THRESHOLD, {"keep_ratio": 0.4}])
+@pytest.mark.parametrize("selector", [THRESHOLD, {"keep_ratio": 0.4}, ATTENTION])
 def test_an_empty_batch_and_a_diverged_model(selector: Any) -> None:
     model = tiny(selector)
     for training in (False, True):
@@ -252,7 +260,9 @@ def test_positions_of_later_stages_are_on_the_first_grid() -> None:
     assert torch.equal(seen[0][:, 1:], gather_tokens(full[:, 1:], kept))
 
 
-@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4, "stages": (0, 2)}, THRESHOLD])
+@pytest.mark.parametrize(
+    "selector", [{"keep_ratio": 0.4, "stages": (0, 2)}, {**ATTENTION, "stages": (0, 2)}, THRESHOLD]
+)
 @pytest.mark.parametrize("variant", ["plain", "distilled"])
 def test_selection_learns(selector: Any, variant: str) -> None:
     model = tiny(selector, variant).train()
@@ -282,6 +292,7 @@ def test_the_budget_reaches_the_thresholds() -> None:
     "selector",
     [
         {"keep_ratio": 0.4, "stages": (0, 2), "tau_start": 1.0},
+        {"keep_ratio": 0.4, "stages": (0, 2), "tau_start": 1.0, "gradient": "attention"},
         {**THRESHOLD, "temperature": 300.0},
         {"keep_ratio": 0.4, "zeroing": True, "tau_start": 1.0},
     ],
@@ -339,6 +350,35 @@ def test_gradients_are_those_of_the_surrogate(selector: Any, monkeypatch: pytest
         assert (ahead - behind) / (2 * step) == pytest.approx(slope, rel=1e-3, abs=1e-6), name
 
 
+@pytest.mark.parametrize(("gradient", "noise"), [("factor", 1.0), ("attention", 0.0)])
+def test_top_k_finds_the_patch_that_matters(gradient: str, noise: float) -> None:
+    """One patch of 16 says the class, at another place in every image; the rest is louder and says nothing."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randn(5, 4, 4, generator=generator)
+
+    def draw(count: int) -> tuple[Tensor, Tensor, Tensor]:
+        x = 1.5 * torch.randn(count, 1, 4, 4, 4, 4, generator=generator)  # rows, columns and the pixels of a patch
+        targets = torch.randint(5, (count,), generator=generator)
+        places = torch.randint(16, (count,), generator=generator)
+        x[torch.arange(count), 0, places // 4, places % 4] = 1 + signs[targets]
+        return x.permute(0, 1, 2, 4, 3, 5).reshape(count, 1, 16, 16), targets, places
+
+    torch.manual_seed(0)
+    selector = {"keep_ratio": 0.25, "gradient": gradient, "noise": noise}
+    model = create_model("deit_tiny_patch16_224", selector=selector, **TINY).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(400):
+        model.set_progress(step / 400)
+        x, targets, _ = draw(64)
+        F.cross_entropy(model(x), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    x, _, places = draw(500)
+    _, selection = model.eval()(x, return_selection=True)
+    kept = selection.masks[0].gather(1, places[:, None]).mean()
+    assert kept > 0.9  # chance keeps 0.25
+
+
 def test_zeroed_patches_are_carried_along() -> None:
     model = tiny({"keep_ratio": 0.25, "zeroing": True}).eval()
     seen: list[Tensor] = []
@@ -375,7 +415,7 @@ def test_compact_heads_and_neurons() -> None:
     close(model.train()(x), model.eval()(x), 1e-4)
 
 
-@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, THRESHOLD])
+@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, ATTENTION, THRESHOLD])
 def test_recomputed_activations_change_nothing(selector: Any) -> None:
     gradients = []
     for recompute in (False, True):
@@ -387,7 +427,7 @@ def test_recomputed_activations_change_nothing(selector: Any) -> None:
         close(recomputed, plain, 1e-6)
 
 
-@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, THRESHOLD])
+@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, ATTENTION, THRESHOLD])
 @pytest.mark.parametrize("variant", ["plain", "norms"])
 def test_half_precision(selector: Any, variant: str) -> None:
     model = tiny(selector, variant)
@@ -402,7 +442,7 @@ def test_half_precision(selector: Any, variant: str) -> None:
         logits.float().square().sum().backward()
 
 
-@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, THRESHOLD])
+@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, ATTENTION, THRESHOLD])
 def test_distilled_training_returns_both_heads(selector: Any) -> None:
     model = tiny(selector, "distilled").train()
     model.set_distilled_training(True)
@@ -410,7 +450,7 @@ def test_distilled_training_returns_both_heads(selector: Any) -> None:
     assert classes.shape == distilled.shape == (3, 5)
 
 
-@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, THRESHOLD])
+@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, ATTENTION, THRESHOLD])
 def test_features_are_what_the_head_reads(selector: Any) -> None:
     model = tiny(selector).eval()
     x = images(4)
@@ -458,7 +498,8 @@ def test_progress_lies_between_0_and_1() -> None:
 
 # Where the noise is drawn outside the graph, torch.compile looks at the gradient of what lies in between.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-def test_compiled_training_is_compiled_once() -> None:
+@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, ATTENTION])
+def test_compiled_training_is_compiled_once(selector: Any) -> None:
     frames: list[Any] = []
 
     def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
@@ -467,7 +508,7 @@ def test_compiled_training_is_compiled_once() -> None:
         return run
 
     torch._dynamo.reset()
-    model = tiny({"keep_ratio": 0.4}).train()
+    model = tiny(selector).train()
     compiled = torch.compile(model, backend=backend)
     reference = deepcopy(model)
     x = images(4)
@@ -507,6 +548,15 @@ def test_compiled_training_is_compiled_once() -> None:
                 "num_heads": 3,
             },
             "ParallelThingsBlock",
+        ),
+        (
+            {
+                "name": "vit_small_patch16_18x2_224",
+                "selector": {"gradient": "attention"},
+                "embed_dim": 24,
+                "num_heads": 3,
+            },
+            "(gradient: factor any)",
         ),
     ],
 )

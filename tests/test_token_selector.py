@@ -39,6 +39,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_defaults_follow_the_papers() -> None:
     top_k = SelectorConfig()
     assert (top_k.kind, top_k.stages, top_k.tau_start, top_k.tau_end) == ("top_k", (0,), 10.0, 0.1)
+    assert (top_k.gradient, top_k.noise) == ("factor", 1.0)
     threshold = SelectorConfig(kind="threshold")
     assert threshold.stages == (4, 7, 10)
     assert threshold.thresholds == (0.001, 0.002, 0.003)
@@ -68,7 +69,14 @@ def test_configuration_survives_json(values: dict[str, Any]) -> None:
         ({"kind": "threshold", "keep_ratio": 0.5}, "only kind 'top_k' reads it"),
         ({"thresholds": (0.1,)}, "only kind 'threshold' reads it"),
         ({"tau_end": 0.0}, "tau_end is 0.0"),
-        ({"zeroing": True, "stages": (0, 4)}, "zeroing"),
+        ({"zeroing": True, "stages": (0, 4)}, "zeroing is there for one stage"),
+        ({"zeroing": True, "gradient": "attention"}, "needs gradient: factor"),
+        ({"gradient": "none"}, "choose factor or attention"),
+        ({"noise": -1.0}, "noise is -1.0"),
+        ({"noise": math.nan}, "noise is nan"),
+        ({"noise": math.inf}, "noise is inf"),
+        ({"kind": "threshold", "noise": 0.0}, "only kind 'top_k' reads it"),
+        ({"kind": "threshold", "gradient": "attention"}, "only kind 'top_k' reads it"),
         ({"kind": "topk"}, "choose one of top_k, threshold"),
         ({"ratio": 0.5}, "unknown ratio"),
     ],
@@ -187,9 +195,14 @@ def test_top_k_selector_counts_and_gradient() -> None:
     assert selector.scorers[0].weight.grad.abs().sum() > 0
 
 
-def test_no_noise_in_evaluation() -> None:
-    selector = TopKSelector(SelectorConfig(keep_ratio=0.5), width=6)
+def test_noise_in_training_only_and_only_where_asked_for() -> None:
+    quiet = TopKSelector(SelectorConfig(keep_ratio=0.5, noise=0.0), width=6)
     patches = torch.randn(3, 8, 6, generator=generator())
+    state = quiet.generator.get_state()
+    assert torch.equal(quiet.train()(patches, 0)[0], quiet.eval()(patches, 0)[0])
+    assert torch.equal(quiet.generator.get_state(), state)
+
+    selector = TopKSelector(SelectorConfig(keep_ratio=0.5), width=6)
     first, second = selector(patches, 0)[0], selector(patches, 0)[0]
     assert not torch.equal(first, second)
     selector.eval()
@@ -227,6 +240,7 @@ def test_a_copy_draws_its_own_noise() -> None:
     before = selector.generator.get_state()
     copy(torch.randn(2, 8, 4), 0)
     assert torch.equal(selector.generator.get_state(), before)
+    assert not torch.equal(copy.generator.get_state(), before)
 
 
 def test_class_attention_is_a_row_of_the_matrix() -> None:

@@ -75,6 +75,40 @@ def describe_tokens(tokens: TokenUse) -> str:
     )
 
 
+#: Evaluation may compute a few points more than was asked of training images, whose black borders are dropped first.
+NEAR = 0.08
+
+
+def missed_target(computed: float, target: float, tokens: TokenUse) -> str | None:
+    """What to try where thresholds ended far from their target; None where they are near.
+
+    Args:
+        computed: share of the dense MACs that evaluation computes.
+        target: ``losses.macs_target``.
+        tokens: what the images keep.
+    """
+    if abs(computed - target) <= NEAR:
+        return None
+    before = (float(tokens.patches), *tokens.kept)
+    stages = list(zip(tokens.stages, before, tokens.kept, strict=False))
+    if computed > target:
+        where, way = "above", "raise losses.macs_weight, or train for longer"
+        stuck, they, start = (
+            [stage for stage, former, kept in stages if kept > 0.999 * former],
+            "drop nothing",
+            "greater",
+        )
+    else:
+        where, way = "below", "lower optimizer.threshold_lr_scale"
+        stuck, they, start = [stage for stage, _, kept in stages if kept < 1.001], "keep one patch", "smaller"
+    if stuck:
+        way += (
+            f"; the thresholds before block {', '.join(map(str, stuck))} {they} and no longer learn: start with "
+            f"{start} selector.thresholds"
+        )
+    return f"{computed:.1%} of the dense MACs are computed, far {where} losses.macs_target ({target:.1%}): {way}"
+
+
 @dataclass(frozen=True)
 class Measured:
     """What a model achieved on a set of images."""

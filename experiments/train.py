@@ -19,7 +19,7 @@ from experiments.config_reading import create_parser, naming, parse, to_yaml
 from experiments.console import FAILED, WRONG, Display, create_console, print_table
 from experiments.data import Data, create_data
 from experiments.loop import Loop, Stopped, describe
-from experiments.metrics import describe_tokens
+from experiments.metrics import describe_tokens, missed_target
 from experiments.processes import ALONE, Processes, join_processes
 from experiments.random_states import deterministic_algorithms
 from experiments.run_folder import RunFolder, create_run_folder, find_run
@@ -297,11 +297,12 @@ def _conclude(loop: Loop, console: Console) -> None:
     minutes, seconds = divmod(round(loop.clock.seconds), 60)
     losses = trainer.config.losses
     # Of training images, which may be augmented to hold less that is worth a look than those of the evaluation.
-    asked = (
-        f"; {count.macs / trainer.dense_macs:.1%} computed, {losses.macs_target:.1%} asked of training images"
-        if losses.macs_target is not None and losses.bounds_macs
-        else ""
-    )
+    asked, missed = "", None
+    if losses.macs_target is not None and losses.bounds_macs:
+        computed = count.macs / trainer.dense_macs
+        asked = f"; {computed:.1%} computed, {losses.macs_target:.1%} asked of training images"
+        if trainer.tokens is not None:
+            missed = missed_target(computed, losses.macs_target, trainer.tokens)
     rows = [
         ("accuracy", f"top-1 {last[prefix + 'top1']:.2f} %   top-5 {last[prefix + 'top5']:.2f} %"),
         ("best top-1", f"{best[loop.score]:.2f} % at step {int(best['step']):,}"),
@@ -327,6 +328,8 @@ def _conclude(loop: Loop, console: Console) -> None:
     if unreadable:
         rows.insert(-1, ("unreadable images", f"{len(unreadable)}"))
     print_table(console, f"{trainer.config.recipe}: done", rows)
+    if missed is not None:
+        console.print(f"note: {missed}", soft_wrap=True, markup=False)
     console.print(
         f"next:\n  sparse-trainer evaluate {folder.sparse}\n  tensorboard --logdir {folder.path.parent}", soft_wrap=True
     )

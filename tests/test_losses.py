@@ -21,7 +21,7 @@ from experiments.config import ConfigError, LossConfig, resolve
 from experiments.config_reading import build, load_config, recipes, to_yaml
 from experiments.loop import Loop, Stopped, describe
 from experiments.losses import distillation_loss, macs_loss
-from experiments.metrics import TokenUse, count_used, known_tokens
+from experiments.metrics import TokenUse, count_used, known_tokens, missed_target
 from experiments.run_folder import RunFolder
 from experiments.training import Trainer
 from models import Selection, create_model, tokens_per_block
@@ -141,6 +141,29 @@ def test_thresholds_do_not_scale_the_gradient_of_the_network(adaptive: dict[str,
     norm = torch.stack([gradient.norm() for gradient in seen.values()]).norm()
     assert slope > 10 * norm
     assert trainer.take_running()["train/grad_norm"] == pytest.approx(float(norm), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("computed", "kept", "said", "unsaid"),
+    [
+        (0.55, (40.0, 30.0), [], []),  # a few points come from the borders of training images
+        (0.43, (40.0, 30.0), [], []),
+        (0.6, (64.0, 30.0), ["60.0%", "above losses.macs_target (50.0%)", "block 1 drop nothing", "greater"], ["2"]),
+        (0.9, (64.0, 64.0), ["block 1, 2 drop nothing"], []),
+        (0.7, (50.0, 40.0), ["raise losses.macs_weight"], ["no longer learn"]),
+        (0.3, (40.0, 1.0), ["30.0%", "below", "block 2 keep one patch", "smaller"], ["greater"]),
+    ],
+)
+def test_a_target_that_was_missed_says_what_to_try(
+    computed: float, kept: tuple[float, ...], said: list[str], unsaid: list[str]
+) -> None:
+    use = TokenUse(stages=(1, 2), patches=64, kept=kept, mean=(), mean_square=())
+    found = missed_target(computed, 0.5, use)
+    assert (found is None) == (not said)
+    for word in said:
+        assert word in (found or "")
+    for word in unsaid:
+        assert word not in (found or "")
 
 
 def test_mean_macs_are_not_the_macs_of_the_mean(tiny_deit: Callable[..., nn.Module]) -> None:

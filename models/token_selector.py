@@ -46,7 +46,8 @@ class SelectorConfig:
     keep_ratio: float = 0.7  #: top_k: patches kept over patches that reach a stage
     #: top_k: by what the scorer learns that a kept patch was worth it. factor: what the loss would gain if the patch
     #: were multiplied by more than 1 (published). attention: if the other tokens looked at it more, in the block that
-    #: follows. From scratch at the input the former chose better; from a trained network, without noise, the latter.
+    #: follows. From a trained network the latter, without noise, chose far better than the former with it; from scratch
+    #: at the input they could not be told apart.
     gradient: Literal["factor", "attention"] = "factor"
     #: top_k: of the Gumbel noise that scores get in training, which tries out other patches than evaluation takes
     #: (1: published; 0: none)

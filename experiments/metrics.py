@@ -90,20 +90,17 @@ def missed_target(computed: float, target: float, tokens: TokenUse) -> str | Non
     if abs(computed - target) <= NEAR:
         return None
     before = (float(tokens.patches), *tokens.kept)
-    stages = list(zip(tokens.stages, before, tokens.kept, strict=False))
     if computed > target:
-        where, way = "above", "raise losses.macs_weight, or train for longer"
-        stuck, they, start = (
-            [stage for stage, former, kept in stages if kept > 0.999 * former],
-            "drop nothing",
-            "greater",
-        )
+        where, way, idle, start = "above", "raise losses.macs_weight, or train for longer", "drop nothing", "greater"
+        stuck = [
+            s for s, former, kept in zip(tokens.stages, before, tokens.kept, strict=False) if kept > 0.999 * former
+        ]
     else:
-        where, way = "below", "lower optimizer.threshold_lr_scale"
-        stuck, they, start = [stage for stage, _, kept in stages if kept < 1.001], "keep one patch", "smaller"
+        where, way, idle, start = "below", "lower optimizer.threshold_lr_scale", "keep one patch", "smaller"
+        stuck = [s for s, kept in zip(tokens.stages, tokens.kept, strict=True) if kept < 1.001]
     if stuck:
         way += (
-            f"; the thresholds before block {', '.join(map(str, stuck))} {they} and no longer learn: start with "
+            f"; the thresholds before block {', '.join(map(str, stuck))} {idle}, where they hardly learn: start with "
             f"{start} selector.thresholds"
         )
     return f"{computed:.1%} of the dense MACs are computed, far {where} losses.macs_target ({target:.1%}): {way}"

@@ -69,13 +69,18 @@ def run_block(block: Block, x: Tensor, attend_to: Attend) -> tuple[Tensor, Tenso
     return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), scores
 
 
-def attend_scored(attn: Attention, query: Tensor, key: Tensor, value: Tensor, *, prefix: int) -> tuple[Tensor, Tensor]:
-    """Fused attention over ``[B, N, H, dh]``, and the scores ``[B, N - prefix]`` of the patches beside it."""
+def attend_fused(attn: Attention, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+    """timm's attention over ``[B, N, H, dh]``, with a bias on the scores if given."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of q and k under autocast gives float32
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     dropout = attn.attn_drop.p if attn.training else 0.0
-    context = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
-    class_row = class_attention(query[:, 0], k, query.shape[-1] ** -0.5).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout).transpose(1, 2)
+
+
+def attend_scored(attn: Attention, query: Tensor, key: Tensor, value: Tensor, *, prefix: int) -> tuple[Tensor, Tensor]:
+    """Fused attention over ``[B, N, H, dh]``, and the scores ``[B, N - prefix]`` of the patches beside it."""
+    context = attend_fused(attn, query, key, value)
+    class_row = class_attention(query[:, 0], key.transpose(1, 2), query.shape[-1] ** -0.5).transpose(1, 2)
     return context, head_weighted_scores(class_row[:, prefix:], context[:, prefix:], query.shape[1])
 
 
@@ -87,11 +92,7 @@ def attend_gated(
     For a factor of 1 it is plain attention, and the factor's gradient says what the loss would gain if the others
     looked at the patch more.
     """
-    query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of q and k under autocast gives float32
-    bias = F.pad(factor.log(), (prefix, 0))[:, None, None, :]
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout).transpose(1, 2), None
+    return attend_fused(attn, query, key, value, F.pad(factor.log(), (prefix, 0))[:, None, None, :]), None
 
 
 def attend_masked(

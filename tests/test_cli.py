@@ -31,6 +31,15 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
+def test_a_run_that_misses_its_target_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    selector = "--selector={kind: threshold, stages: [1], thresholds: [-1.0]}"
+    asked = ["--losses.macs_target=0.7", "--losses.macs_weight=1e-9", "--sparsity=null"]
+    assert main(["train", *SMALL, selector, *asked, f"--output.runs={tmp_path}"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "100.0% of the dense MACs are computed, far above losses.macs_target (70.0%)" in out
+    assert "before block 1 drop nothing" in out
+
+
 def test_train_evaluate_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs, run = tmp_path / "runs", tmp_path / "runs" / "first"
     assert main(["train", *SMALL, f"--output.runs={runs}", "--output.name=first"]) == 0

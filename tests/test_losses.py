@@ -150,7 +150,7 @@ def test_thresholds_do_not_scale_the_gradient_of_the_network(adaptive: dict[str,
         (0.43, (40.0, 30.0), [], []),
         (0.6, (64.0, 30.0), ["60.0%", "above losses.macs_target (50.0%)", "block 1 drop nothing", "greater"], ["2"]),
         (0.9, (64.0, 64.0), ["block 1, 2 drop nothing"], []),
-        (0.7, (50.0, 40.0), ["raise losses.macs_weight"], ["no longer learn"]),
+        (0.7, (50.0, 40.0), ["raise losses.macs_weight"], ["hardly learn"]),
         (0.3, (40.0, 1.0), ["30.0%", "below", "block 2 keep one patch", "smaller"], ["greater"]),
     ],
 )

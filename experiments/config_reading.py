@@ -150,8 +150,9 @@ def explain_options(parser: ArgumentParser) -> None:
     for section, record in _RECORDS.items():
         texts |= {f"{section}.{name}": text for name, text in field_docs(record).items()}
     # The parser lists no options of a section that may be null.
-    inner = [f"--{key}: {text}" for key, text in texts.items() if key.startswith("sparsity.")]
-    texts["sparsity"] = " ".join(["null trains the dense network.", *inner])
+    for section, null in (("sparsity", "null trains the dense network."), ("selector", "null looks at all tokens.")):
+        inner = [f"--{key}: {text}" for key, text in texts.items() if key.startswith(f"{section}.")]
+        texts[section] = " ".join([null, *inner])
     for action in parser._actions:
         if action.dest in texts:
             action.help = texts[action.dest].replace("%", "%%")

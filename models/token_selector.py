@@ -31,6 +31,15 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
 _DEFAULT_STAGES: dict[str, tuple[int, ...]] = {"top_k": (0,), "threshold": (4, 7, 10)}
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_tuple(value: object) -> tuple[Any, ...]:
+    """A list as JSON and YAML give it; anything else alone, for the checks to refuse."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
 @dataclass(frozen=True)
 class SelectorConfig:
     """Which patches are dropped, where, and how that is learned. Checked when built.
@@ -40,34 +49,39 @@ class SelectorConfig:
     """
 
     kind: Literal["top_k", "threshold"] = "top_k"
-    #: Patches are dropped before these blocks (0 = right after the position embedding). None: (0,) for top_k,
-    #: (4, 7, 10) for threshold, which needs the attention of the block before and so starts at 1.
+    """Keep as many patches of every image (top_k, SViTE+) or those whose score exceeds a threshold (AS-ViT)."""
     stages: tuple[int, ...] | None = None
-    keep_ratio: float = 0.7  #: top_k: patches kept over patches that reach a stage
-    #: top_k: by what the scorer learns that a kept patch was worth it. factor: what the loss would gain if the patch
-    #: were multiplied by more than 1 (published). attention: if the other tokens looked at it more, in the block that
-    #: follows. From a trained network the latter, without noise, chose far better than the former with it; from scratch
-    #: at the input they could not be told apart.
+    """Patches are dropped before these blocks (0: right after the position embedding). null: [0] for top_k, [4, 7, 10]
+    for threshold, which needs the attention of the block before and so starts at 1."""
+    keep_ratio: float = 0.7
+    """top_k: patches kept over patches that reach a stage."""
     gradient: Literal["factor", "attention"] = "factor"
-    #: top_k: of the Gumbel noise that scores get in training, which tries out other patches than evaluation takes
-    #: (1: published; 0: none)
+    """top_k: by what the scorer learns that a kept patch was worth it. factor: what the loss would gain if the patch
+    were multiplied by more than 1 (published). attention: if the other tokens looked at it more, in the block that
+    follows. From a trained network the latter, without noise, chose far better than the former with it; from scratch at
+    the input they could not be told apart."""
     noise: float = 1.0
-    tau_start: float = 10.0  #: top_k: softmax temperature at the start of training
-    tau_end: float = 0.1  #: top_k: and at its end; linear in between
-    #: top_k: zero the dropped patches and carry them along, as the published code does. Saves no time.
+    """top_k: of the Gumbel noise that scores get in training, which tries out other patches than evaluation takes (1:
+    published; 0: none)."""
+    tau_start: float = 10.0
+    """top_k: softmax temperature at the start of training."""
+    tau_end: float = 0.1
+    """top_k: and at its end; linear in between."""
     zeroing: bool = False
-    seed: int = 0  #: top_k: of the generator that draws the Gumbel noise
-    #: threshold: one initial value per stage, for 197 tokens. None: 0.001, 0.002, 0.003, ...
+    """top_k: zero the dropped patches and carry them along, as the published code does. Saves no time."""
+    seed: int = 0
+    """top_k: of the generator that draws the Gumbel noise."""
     thresholds: tuple[float, ...] | None = None
-    temperature: float = 1e4  #: threshold: slope of the sigmoid that carries the gradient, for 197 tokens
+    """threshold: one initial value per stage, for 197 tokens. null: 0.001, 0.002, 0.003, ..."""
+    temperature: float = 1e4
+    """threshold: slope of the sigmoid that carries the gradient, for 197 tokens."""
 
     def __post_init__(self) -> None:
         problems: list[str] = []
-        if self.kind not in _DEFAULT_STAGES:
+        if not isinstance(self.kind, str) or self.kind not in _DEFAULT_STAGES:
             raise ValueError(f"selector.kind is {self.kind!r}; choose one of {', '.join(_DEFAULT_STAGES)}")
 
-        # JSON and YAML know no tuples.
-        stages = tuple(self.stages) if self.stages is not None else _DEFAULT_STAGES[self.kind]
+        stages = _as_tuple(self.stages) if self.stages is not None else _DEFAULT_STAGES[self.kind]
         object.__setattr__(self, "stages", stages)
         lowest = 0 if self.kind == "top_k" else 1
         if not stages or any(isinstance(stage, bool) or not isinstance(stage, int) for stage in stages):
@@ -78,22 +92,28 @@ class SelectorConfig:
 
         if self.kind == "threshold":
             default = tuple(round(0.001 * (stage + 1), 6) for stage in range(len(stages)))
-            thresholds = tuple(self.thresholds) if self.thresholds is not None else default
+            thresholds = _as_tuple(self.thresholds) if self.thresholds is not None else default
             object.__setattr__(self, "thresholds", thresholds)
             if len(thresholds) != len(stages):
                 problems.append(f"thresholds is {thresholds}; give one for each of the {len(stages)} stages")
-            if not self.temperature > 0:
-                problems.append(f"temperature is {self.temperature}; give a positive number")
+            if not all(map(_is_number, thresholds)):
+                problems.append(f"thresholds is {thresholds}; give numbers")
+            if not (_is_number(self.temperature) and self.temperature > 0):
+                problems.append(f"temperature is {self.temperature!r}; give a positive number")
         else:
-            if not 0 < self.keep_ratio <= 1:
-                problems.append(f"keep_ratio is {self.keep_ratio}; give a number above 0 and at most 1")
+            if not (_is_number(self.keep_ratio) and 0 < self.keep_ratio <= 1):
+                problems.append(f"keep_ratio is {self.keep_ratio!r}; give a number above 0 and at most 1")
             for key in ("tau_start", "tau_end"):
-                if not getattr(self, key) > 0:
-                    problems.append(f"{key} is {getattr(self, key)}; give a positive number")
+                if not (_is_number(getattr(self, key)) and getattr(self, key) > 0):
+                    problems.append(f"{key} is {getattr(self, key)!r}; give a positive number")
             if self.gradient not in ("factor", "attention"):
                 problems.append(f"gradient is {self.gradient!r}; choose factor or attention")
-            if not 0 <= self.noise < math.inf:
-                problems.append(f"noise is {self.noise}; give 0 (none) or a positive number (1: as published)")
+            if not (_is_number(self.noise) and self.noise >= 0):
+                problems.append(f"noise is {self.noise!r}; give 0 (none) or a positive number (1: as published)")
+            if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+                problems.append(f"seed is {self.seed!r}; give a whole number, 0 or more")
+            if not isinstance(self.zeroing, bool):
+                problems.append(f"zeroing is {self.zeroing!r}; give true or false")
             if self.zeroing and self.gradient != "factor":
                 problems.append("zeroing multiplies by the mask; it needs gradient: factor")
             if self.zeroing and len(stages) > 1:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import pytest
 from experiments.__main__ import commands, main
 from experiments.config_reading import load_config
 from experiments.run_folder import RunFolder
+from models.token_selector import SelectorConfig
+from sparse_trainer import SparsityConfig
 
 SMALL = [
     "--selector=null", "--losses.macs_target=null",
@@ -222,4 +225,6 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["train", "--help"])
     assert end.value.code == 0
-    assert "--sparsity" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    for section, record in (("sparsity", SparsityConfig), ("selector", SelectorConfig)):
+        assert all(f"--{section}.{field.name}: " in out for field in fields(record))

@@ -32,7 +32,13 @@ _DEFAULT_STAGES: dict[str, tuple[int, ...]] = {"top_k": (0,), "threshold": (4, 7
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that float32 holds."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_real and abs(cast(float, value)) <= torch.finfo(torch.float32).max
+
+
+def _is_positive(value: object) -> bool:
+    return _is_number(value) and cast(float, value) >= torch.finfo(torch.float32).tiny
 
 
 def _as_tuple(value: object) -> tuple[Any, ...]:
@@ -98,20 +104,20 @@ class SelectorConfig:
                 problems.append(f"thresholds is {thresholds}; give one for each of the {len(stages)} stages")
             if not all(map(_is_number, thresholds)):
                 problems.append(f"thresholds is {thresholds}; give numbers")
-            if not (_is_number(self.temperature) and self.temperature > 0):
+            if not _is_positive(self.temperature):
                 problems.append(f"temperature is {self.temperature!r}; give a positive number")
         else:
-            if not (_is_number(self.keep_ratio) and 0 < self.keep_ratio <= 1):
+            if not (_is_positive(self.keep_ratio) and self.keep_ratio <= 1):
                 problems.append(f"keep_ratio is {self.keep_ratio!r}; give a number above 0 and at most 1")
             for key in ("tau_start", "tau_end"):
-                if not (_is_number(getattr(self, key)) and getattr(self, key) > 0):
+                if not _is_positive(getattr(self, key)):
                     problems.append(f"{key} is {getattr(self, key)!r}; give a positive number")
             if self.gradient not in ("factor", "attention"):
                 problems.append(f"gradient is {self.gradient!r}; choose factor or attention")
             if not (_is_number(self.noise) and self.noise >= 0):
                 problems.append(f"noise is {self.noise!r}; give 0 (none) or a positive number (1: as published)")
-            if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-                problems.append(f"seed is {self.seed!r}; give a whole number, 0 or more")
+            if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+                problems.append(f"seed is {self.seed!r}; give a whole number from 0 to 2^63 - 1")
             if not isinstance(self.zeroing, bool):
                 problems.append(f"zeroing is {self.zeroing!r}; give true or false")
             if self.zeroing and self.gradient != "factor":
@@ -132,10 +138,12 @@ class SelectorConfig:
         """Inverse of :meth:`to_dict`; a key that is missing takes its default.
 
         Raises:
-            ValueError: an unknown key, or a value that :class:`SelectorConfig` refuses.
+            ValueError: no mapping, an unknown key, or a value that :class:`SelectorConfig` refuses.
         """
         known = [f.name for f in fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        if not isinstance(values, Mapping):
+            raise ValueError(f"selector is {values!r}; give a mapping with some of {', '.join(known)}")
+        unknown = sorted(map(str, set(values) - set(known)))
         if unknown:
             raise ValueError(f"selector: unknown {', '.join(unknown)}; known: {', '.join(known)}")
         return cls(**values)
@@ -151,7 +159,7 @@ class Selection:
 
     stages: tuple[int, ...]  #: block before which each choice was made
     #: per stage ``[B, N]`` over the original patch grid, row-major: 1 kept, 0 dropped (here or before).
-    #: In training it carries the straight-through gradient.
+    #: In training it carries the straight-through gradient; of a top-k selector that of kept patches alone.
     masks: tuple[Tensor, ...]
     num_prefix_tokens: int
     removes: bool = True  #: dropped patches leave the computation (False: they are zeroed and carried along)
@@ -193,12 +201,10 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def gumbel_softmax(logits: Tensor, noise: Tensor | None, tau: Tensor | float) -> Tensor:
-    """``softmax((log_softmax(logits) + noise) / tau)`` over the patches ``[B, N]`` (SViTE+)."""
-    perturbed = F.log_softmax(_wide(logits), dim=1)
-    if noise is not None:
-        perturbed = perturbed + noise
-    return F.softmax(perturbed / tau, dim=1)
+def perturb(logits: Tensor, noise: Tensor | None) -> Tensor:
+    """``log_softmax(logits) + noise`` over the patches ``[B, N]``, whose softmax over ``tau`` is SViTE+'s."""
+    log_shares = F.log_softmax(_wide(logits), dim=1)
+    return log_shares if noise is None else log_shares + noise
 
 
 def top_k_indices(scores: Tensor, count: int) -> Tensor:
@@ -306,12 +312,16 @@ class TopKSelector(nn.Module):
             positions ``[B, K]``, ascending, and the factor ``[B, N]`` that carries the gradient: its value is
             1 where kept, 0 elsewhere. In evaluation there is no noise, and it carries no gradient.
         """
-        logits = _wide(self.scorers[stage](patches).squeeze(-1))
+        scorer = cast(nn.Linear, self.scorers[stage])
+        with torch.autocast(patches.device.type, enabled=False):
+            logits = F.linear(_wide(patches), _wide(scorer.weight), _wide(scorer.bias)).squeeze(-1)
         count = kept_count(self.config.keep_ratio, logits.shape[1])
         if self.training:
             noise = self.config.noise * self._noise(logits) if self.config.noise else None
-            soft = gumbel_softmax(logits, noise, self.tau)
-            indices = top_k_indices(soft.detach(), count)
+            perturbed = perturb(logits, noise)
+            soft = F.softmax(perturbed / self.tau, dim=1)
+            # Not of soft: at a low temperature most of it is 0, and the first of equal patches would win.
+            indices = top_k_indices(perturbed.detach(), count)
             hard = torch.zeros_like(soft).scatter(1, indices, 1.0)
             return indices, straight_through(hard, soft)
         if self.chance is not None:

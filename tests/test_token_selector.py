@@ -22,10 +22,10 @@ from models.token_selector import (
     as_many_at_random,
     class_attention,
     gather_tokens,
-    gumbel_softmax,
     head_weighted_scores,
     kept_count,
     masked_attention_weights,
+    perturb,
     straight_through,
     tokens_per_block,
     top_k_indices,
@@ -82,6 +82,11 @@ def test_configuration_survives_json(values: dict[str, Any]) -> None:
         ({"noise": "loud"}, "noise is 'loud'"),
         ({"zeroing": "no"}, "zeroing is 'no'"),
         ({"seed": 0.5}, "seed is 0.5"),
+        ({"seed": 2**63}, "seed is 9223372036854775808"),
+        ({"keep_ratio": 10**400}, "keep_ratio is 1000"),
+        ({"tau_end": 1e-60}, "tau_end is 1e-60"),
+        ({"noise": 1e300}, "noise is 1e+300"),
+        ({1: 2, "ratio": 0.5}, "unknown 1, ratio"),
         ({"stages": "4"}, "stages is ('4',)"),
         ({"kind": "threshold", "thresholds": ("a", 0.1, 0.2)}, "give numbers"),
         ({"kind": "threshold", "temperature": [1.0]}, "temperature is [1.0]"),
@@ -99,6 +104,30 @@ def test_bad_configuration_is_named(values: dict[str, Any], named: str) -> None:
 def test_all_problems_are_reported_together() -> None:
     with pytest.raises(ValueError, match=r"stages is .*keep_ratio is 2.*tau_start is -1"):
         SelectorConfig(stages=(4, 2), keep_ratio=2, tau_start=-1)
+
+
+@pytest.mark.parametrize("values", [None, 5, ["kind"]])
+def test_a_selector_that_is_no_mapping_is_named(values: Any) -> None:
+    with pytest.raises(ValueError, match="give a mapping"):
+        SelectorConfig.from_mapping(values)
+
+
+def test_training_without_noise_chooses_as_evaluation_does_at_any_temperature() -> None:
+    """At 0.1 the share of all patches but a few is 0 in float32."""
+    selector = TopKSelector(SelectorConfig(keep_ratio=0.5, noise=0.0, tau_end=0.1), width=8)
+    selector.set_progress(1.0)
+    patches = 300 * torch.randn(4, 20, 8, generator=generator())
+    chosen = selector.train()(patches, 0)[0]
+    assert torch.equal(chosen, selector.eval()(patches, 0)[0])
+    assert not torch.equal(chosen, torch.arange(10).expand(4, -1))
+
+
+def test_scores_do_not_depend_on_autocast() -> None:
+    selector = TopKSelector(SelectorConfig(keep_ratio=0.5), width=8).eval()
+    patches = 1 + 1e-3 * torch.randn(4, 200, 8, generator=generator())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        chosen = selector(patches, 0)[0]
+    assert torch.equal(chosen, selector(patches, 0)[0])
 
 
 def test_straight_through_has_the_value_of_one_and_the_gradient_of_the_other() -> None:
@@ -139,7 +168,7 @@ def test_top_k_is_a_stable_sort(scores: list[int], data: st.DataObject) -> None:
 def test_gumbel_softmax_is_the_stated_formula() -> None:
     logits, noise = torch.randn(2, 3, generator=generator()), torch.randn(2, 3, generator=generator(1))
     weights = ((logits.softmax(1).log() + noise) / 0.5).exp()
-    torch.testing.assert_close(gumbel_softmax(logits, noise, 0.5), weights / weights.sum(1, keepdim=True))
+    torch.testing.assert_close((perturb(logits, noise) / 0.5).softmax(1), weights / weights.sum(1, keepdim=True))
 
 
 def test_gumbel_noise_draws_in_proportion_to_the_scores() -> None:

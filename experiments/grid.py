@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
             return 1
     options.results.mkdir(parents=True, exist_ok=True)
-    line = " ".join([*command, *extra])
+    line = " ".join([*command, *extra, *(["--measure"] if speeds or chance else [])])
     report = {
         "command": line,
         "title": grid.title,

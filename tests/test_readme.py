@@ -111,7 +111,8 @@ PUBLISHED = {"79.85", "82.22", "81.84", "0.28"}
 
 
 def figures_of(text: str) -> set[str]:
-    """Numbers with two decimals or more, without their signs."""
+    """Numbers with two decimals or more, without their signs; those in the addresses of links left out."""
+    text = re.sub(r"\]\([^)]*\)", "]", text)  # numbers of articles
     return set(re.findall(r"(?<![\d.,])\d[\d,]*\.\d{2,}(?!\d)", text))
 
 

@@ -20,7 +20,7 @@ COMMANDS = {
 
 def commands() -> dict[str, str]:
     """The sub-commands of this release and what they do."""
-    return {name: text for name, text in COMMANDS.items() if find_spec(f"experiments.{name}") is not None}
+    return {name: text for name, text in COMMANDS.items() if find_spec(f"experiments.commands.{name}") is not None}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"sparse-trainer: error: unknown command {command!r}; {hint}", file=sys.stderr)
         return 2
     try:
-        module = importlib.import_module(f"experiments.{command}")
+        module = importlib.import_module(f"experiments.commands.{command}")
     except KeyboardInterrupt:  # the libraries take seconds to load
         return 130
     return int(module.main(rest))

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_trainer.budget import Budget
+from sparse_trainer.files.tensor_file import CheckpointError, fault, quote, read_metadata, read_tensors, write_tensors
 from sparse_trainer.masks import pack_bits, unpack_bits
 from sparse_trainer.report import BlockUpdate, LayerUpdate, MaskUpdate
-from sparse_trainer.tensor_file import CheckpointError, fault, quote, read_metadata, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

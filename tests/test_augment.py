@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import functional as reference
 
-from experiments.augment import (
+from experiments.data.augmentation import (
     Augmentation,
     Draw,
     augment,

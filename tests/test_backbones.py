@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from experiments import backbones
-from experiments.backbones import (
+from experiments.trials import backbones
+from experiments.trials.backbones import (
     BACKBONES,
     CHECKS,
     FEATURES,
@@ -28,7 +28,7 @@ from sparse_trainer import CheckpointError
 
 FILES = ("sparse file", "dense export")
 SMALL = {"patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 4}
-RESULTS = Path(backbones.__file__).parent / "results"
+RESULTS = backbones.RESULTS
 
 pytestmark = [pytest.mark.filterwarnings("ignore:.*is rounded to", "ignore:.*growth changes nothing")]
 

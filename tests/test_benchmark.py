@@ -21,8 +21,6 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
-from experiments import benchmark
-from experiments.benchmark import COMMANDS, choose, main
 from experiments.benchmarks import report as report_module
 from experiments.benchmarks import setting as setting_module
 from experiments.benchmarks.images import image_files, sample, spread_out
@@ -41,7 +39,7 @@ from experiments.benchmarks.report import Report, Row, create_dense, latency_row
 from experiments.benchmarks.report_page import cells, print_report, to_html, write_page
 from experiments.benchmarks.save import read_plain, save_flushed
 from experiments.benchmarks.setting import Setting, Structure, macs_of, make_model, make_small, textured_images
-from experiments.timing import (
+from experiments.benchmarks.timing import (
     Figure,
     alternate,
     paired,
@@ -52,9 +50,11 @@ from experiments.timing import (
     summarize,
     use_threads,
 )
+from experiments.commands import benchmark
+from experiments.commands.benchmark import COMMANDS, choose, main
 from models import create_model
 from sparse_trainer import SparsityConfig, SparsityScheduler
-from sparse_trainer.checkpoint import CheckpointError, SparseInfo, save_sparse
+from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, save_sparse
 from sparse_trainer.flops import Count, block_macs, count
 
 CPU = torch.device("cpu")
@@ -221,7 +221,7 @@ def test_pairs_alternate() -> None:
 def test_times_stay_with_their_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the order of a round, and however many calls are timed at once."""
     now = [0.0]
-    monkeypatch.setattr("experiments.timing.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("experiments.benchmarks.timing.time.perf_counter", lambda: now[0])
 
     def takes(seconds: float) -> Callable[[], None]:
         def work() -> None:

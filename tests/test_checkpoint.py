@@ -15,9 +15,10 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from sparse_trainer import checkpoint, tensor_file, units
+from sparse_trainer import units
 from sparse_trainer.budget import Budget
-from sparse_trainer.checkpoint import (
+from sparse_trainer.files import checkpoint, tensor_file
+from sparse_trainer.files.checkpoint import (
     CheckpointError,
     SparseInfo,
     expand,
@@ -28,8 +29,8 @@ from sparse_trainer.checkpoint import (
     save_resume,
     save_sparse,
 )
+from sparse_trainer.files.rebuild import build_without_memory
 from sparse_trainer.masks import random_mask
-from sparse_trainer.rebuild import build_without_memory
 from tests.conftest import TINY
 
 DEIT = "deit_tiny_patch16_224"

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from experiments.__main__ import commands, main
-from experiments.config_reading import load_config
-from experiments.run_folder import RunFolder
+from experiments.config.reading import load_config
+from experiments.run_folder.folder import RunFolder
 from models.token_selector import SelectorConfig
 from sparse_trainer import SparsityConfig
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.config import ConfigError, RunConfig, has_bfloat16_matmul, resolve
-from experiments.config_reading import create_parser, find_config, flatten, load_config, parse, recipes, to_yaml
+from experiments.config.reading import create_parser, find_config, flatten, load_config, parse, recipes, to_yaml
+from experiments.config.run_config import RunConfig, has_bfloat16_matmul, resolve
+from experiments.errors import ConfigError
 from sparse_trainer import SparsityConfig
 
 

@@ -22,9 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from experiments.data import Data, DataConfig, create_data, create_mixup, mean_and_std
-from experiments.data_batches import Place, epoch_order, share_of
-from experiments.data_sources import EMBEDDED_FOLDER, class_balanced, open_sources
+from experiments.data.batches import Place, epoch_order, share_of
+from experiments.data.create_data import Data, create_data, mean_and_std
+from experiments.data.data_config import DataConfig
+from experiments.data.mixing import create_mixup
+from experiments.data.sources import EMBEDDED_FOLDER, class_balanced, open_sources
 
 CLASSES = ("ant", "bee", "cat")
 # Python 3.12 warns of any fork beside torch's threads.

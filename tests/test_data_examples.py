@@ -18,7 +18,7 @@ from PIL import Image
 
 import experiments
 from experiments.__main__ import main
-from experiments.data_config import DataConfig
+from experiments.data.data_config import DataConfig
 
 TEXT = (Path(experiments.__file__).parent / "DATA.md").read_text(encoding="utf-8")
 CLASSES = ("aster", "daisy", "rose")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from experiments.__main__ import main
-from experiments.config_reading import to_yaml
-from experiments.evaluate import describe_histogram
+from experiments.commands.evaluate import describe_histogram
+from experiments.config.reading import to_yaml
 from tests.test_losses import THRESHOLD
 from tests.test_training import run, start
 

@@ -16,13 +16,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from experiments.console import Display
-from experiments.loop import Loop, Stopped
-from experiments.run_folder import RunFolder, create_run_folder, find_run
-from experiments.stopping import StopRequest
-from experiments.training import TrainingError
+from experiments.processes.signals import StopRequest
+from experiments.run_folder.folder import RunFolder, create_run_folder, find_run
+from experiments.terminal import Display
+from experiments.training.loop import Loop, Stopped
+from experiments.training.trainer import TrainingError
 from experiments.trials.compare import differences, fingerprint, read_events, read_metrics
-from sparse_trainer.checkpoint import CheckpointError, load_resume, save_resume
+from sparse_trainer.files.checkpoint import CheckpointError, load_resume, save_resume
 from sparse_trainer.mask_log import MaskLog, read_timeline
 from tests.test_data import CLASSES, LIBRARY_LEAVES_FILES_OPEN, write_folder
 from tests.test_mask_log import make_masks, make_update

@@ -27,7 +27,7 @@ from experiments.exports import onnx as onnx_export
 from models import create_model
 from sparse_trainer import SparseInfo, SparsityConfig, SparsityScheduler, load_sparse, save_sparse
 from sparse_trainer.budget import Budget
-from sparse_trainer.checkpoint import CheckpointError, load_sparse_masks, read_info
+from sparse_trainer.files.checkpoint import CheckpointError, load_sparse_masks, read_info
 from sparse_trainer.units import compact, find_blocks
 from tests.conftest import TINY
 
@@ -462,6 +462,6 @@ def test_nothing_but_the_onnx_export_needs_its_libraries(
     for name in ("onnx", "onnxruntime", "onnxscript"):
         monkeypatch.setitem(sys.modules, name, None)  # importing it fails
     monkeypatch.delattr(exports, "onnx")
-    for name in ("experiments.export", "experiments.exports.onnx"):
+    for name in ("experiments.commands.export", "experiments.exports.onnx"):
         monkeypatch.delitem(sys.modules, name)
     run(capsys, checkpoint, "--format=csr")

@@ -17,13 +17,12 @@ import torch
 from scipy.sparse import csr_array
 from torch import nn
 
-from experiments import export
-from experiments.exports import csr
+from experiments.exports import csr, writers
 from experiments.exports import onnx as onnx_export
 from experiments.exports.fixed_tokens import FixedTokens
 from models import create_model
 from sparse_trainer import load_sparse
-from sparse_trainer.checkpoint import CheckpointError
+from sparse_trainer.files.checkpoint import CheckpointError
 from tests.conftest import TINY
 from tests.test_export import DTYPES, TOP_K, images_of, logits, refused, run, save_random
 
@@ -168,9 +167,9 @@ def test_what_was_written_is_compared(
 ) -> None:
     """A writer that spoils one weight: nothing is left of its work."""
     writer = {
-        "dense": (export.dense, "write_dense"),
-        "csr": (export.csr, "write_csr"),
-        "sparse": (export, "save_sparse"),
+        "dense": (writers.dense, "write_dense"),
+        "csr": (writers.csr, "write_csr"),
+        "sparse": (writers, "save_sparse"),
     }
     module, name = writer[format]
     right = getattr(module, name)

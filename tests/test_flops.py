@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from experiments.metrics import count_used
+from experiments.evaluation.measuring import count_used
 from sparse_trainer import SparsityConfig, SparsityScheduler, flops
 from sparse_trainer.units import compact
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from experiments.loop import Loop
-from experiments.metrics_writer import WholeRecords
-from experiments.run_folder import RunFolder
-from experiments.training import TrainingError
+from experiments.run_folder.folder import RunFolder
+from experiments.run_folder.metrics_writer import WholeRecords
+from experiments.training.loop import Loop
+from experiments.training.trainer import TrainingError
 from experiments.trials.compare import differences, fingerprint
-from sparse_trainer.checkpoint import load_resume
+from sparse_trainer.files.checkpoint import load_resume
 from tests.test_training import Display, make_trainer, read_metrics, run, start
 
 SHORT = {

@@ -21,7 +21,7 @@ from experiments.trials import fuzz, readers
 from experiments.trials.fuzz import Report, from_json, mutate, read_apart, read_files, to_json, to_markdown
 from experiments.trials.mutations import MUTATIONS, header_of, places, put_together, seal, take_apart
 from experiments.trials.readers import Broken, Source, judge, real_files
-from sparse_trainer.checkpoint import CheckpointError, load_resume, save_resume
+from sparse_trainer.files.checkpoint import CheckpointError, load_resume, save_resume
 
 
 @pytest.fixture(scope="module")

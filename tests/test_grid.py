@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import grid_plot, grid_speed
-from experiments.config import resolve
-from experiments.config_reading import create_parser, parse
-from experiments.grid import Grid, Runs, main, read_grid
-from experiments.grid_report import (
+from experiments.config.reading import create_parser, parse
+from experiments.config.run_config import resolve
+from experiments.grids import plot as grid_plot
+from experiments.grids import speed as grid_speed
+from experiments.grids.grid import Grid, Runs, main, read_grid
+from experiments.grids.report import (
     Outcome,
     compare,
     compare_with_chance,
@@ -22,7 +23,7 @@ from experiments.grid_report import (
     to_markdown,
 )
 
-RECIPES = Path(__file__).parent.parent / "experiments" / "recipes"
+RECIPES = Path(__file__).parent.parent / "experiments" / "config" / "recipes"
 
 
 def write_run(folder: Path, top1: list[float], live: int, macs: float) -> None:
@@ -194,7 +195,7 @@ def test_a_grid_runs_goes_on_and_reports(
     assert main([*options, "--only", "hlaf"]) == 2
     assert "--only: 'hlaf' is none of the entries dense, half" in capsys.readouterr().err
     assert main([str(tmp_path / "none.yaml")]) == 2
-    assert capsys.readouterr().err.startswith("python -m experiments.grid: error:")
+    assert capsys.readouterr().err.startswith("python -m experiments.grids: error:")
 
 
 @pytest.mark.parametrize("file", sorted((RECIPES / "grids").glob("*.yaml")), ids=lambda file: file.stem)

@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 
 from experiments.__main__ import main
-from experiments.config_reading import to_yaml
-from experiments.loop import Loop, Stopped
-from experiments.run_folder import RunFolder
+from experiments.config.reading import to_yaml
+from experiments.run_folder.folder import RunFolder
+from experiments.training.loop import Loop, Stopped
 from experiments.trials.mutations import Document, Piece, header_of, put_together, seal, take_apart
 from experiments.trials.readers import Source, real_files
-from sparse_trainer.checkpoint import CheckpointError, load_resume, save_resume
+from sparse_trainer.files.checkpoint import CheckpointError, load_resume, save_resume
 from tests.test_losses import JOINT
 from tests.test_training import StopAt, make_trainer, start
 from tests.test_training import run as go_through

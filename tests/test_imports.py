@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -15,27 +16,48 @@ FLOORS = {
         "budget": 0,
         "update_schedule": 0,
         "units": 0,
+        "generators": 0,
         "agreement": 1,
         "optimizer_state": 1,
-        "whole_file": 0,
-        "generators": 0,
-        "tensor_file": 1,
         "report": 1,
         "sparsity_config": 1,
+        "flops": 1,
         "unit_swaps": 2,
         "weight_masks": 2,
-        "flops": 1,
         "scheduler": 3,
-        "sparse_info": 3,
-        "rebuild": 4,
-        "checkpoint": 5,
-        "resume": 2,
-        "mask_log": 4,
+        "files.whole_file": 4,
+        "files.tensor_file": 5,
+        "files.resume": 6,
+        "files.sparse_info": 6,
+        "files.rebuild": 7,
+        "files.checkpoint": 8,
+        "mask_log": 9,
     },
 }
+"""Of each file of a tower."""
+PACKAGES = {
+    "errors": 0,
+    "terminal": 1,
+    "processes": 1,
+    "data": 2,
+    "config": 3,
+    "run_folder": 4,
+    "evaluation": 5,
+    "examples": 5,
+    "inspection": 6,
+    "training": 7,
+    "exports": 8,
+    "benchmarks": 9,
+    "grids": 10,
+    "commands": 11,
+    "trials": 12,
+    "__main__": 13,
+}
+"""Of each package of the bridge. Within a package no two files import each other, by whatever way round."""
 
 
 def imported(path: Path) -> set[str]:
+    """Full names of what a file imports, also within functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -46,16 +68,62 @@ def imported(path: Path) -> set[str]:
     return found
 
 
+def files_of(top: str) -> dict[str, Path]:
+    """Every file by its dotted name within ``top``; a package's ``__init__`` has the name of the package."""
+    found = {}
+    for path in (ROOT / top).rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT / top).with_suffix("").parts)
+        found[name.removesuffix(".__init__")] = path
+    found.pop("__init__")
+    return found
+
+
+def neighbours(top: str) -> dict[str, set[str]]:
+    """By file, the files of the same tower that it imports."""
+    files = files_of(top)
+    found = {}
+    for name, path in files.items():
+        rests = {full.removeprefix(f"{top}.") for full in imported(path) if full.startswith(f"{top}.")}
+        found[name] = (rests & set(files)) - {name}
+        # A package is there without what it holds, so importing a file does not count as importing its package.
+        found[name] -= {rest.rpartition(".")[0] for rest in found[name]}
+    return found
+
+
+def circle(imports: Mapping[str, set[str]]) -> list[str]:
+    """Names on a circle of imports; empty if there is none."""
+    left = {name: set(found) for name, found in imports.items()}
+    while True:
+        free = [name for name, found in left.items() if not found & set(left)]
+        if not free:
+            return sorted(left)
+        for name in free:
+            del left[name]
+
+
 @pytest.mark.parametrize("tower", FLOORS)
 def test_floors(tower: str) -> None:
-    files = {path.stem: path for path in (ROOT / tower).glob("*.py") if path.stem != "__init__"}
-    assert set(files) == set(FLOORS[tower]), "a new file needs a floor"
-    for stem, path in files.items():
-        for name in imported(path):
-            top, _, rest = name.partition(".")
-            if top == tower and rest:
-                below = rest.split(".")[0]
-                assert FLOORS[tower][below] < FLOORS[tower][stem], f"{tower}/{stem}.py imports {below}"
+    files = files_of(tower)
+    modules = {name for name, path in files.items() if path.stem != "__init__"}
+    assert modules == set(FLOORS[tower]), "a new file needs a floor"
+    for name, found in neighbours(tower).items():
+        for below in found & modules if name in modules else ():
+            assert FLOORS[tower][below] < FLOORS[tower][name], f"{tower}: {name} imports {below}"
+
+
+def test_floors_of_the_bridge() -> None:
+    assert {name.partition(".")[0] for name in files_of("experiments")} == set(PACKAGES), "a new package needs a floor"
+    imports = neighbours("experiments")
+    for name, found in imports.items():
+        package = name.partition(".")[0]
+        for below in {full.partition(".")[0] for full in found} - {package}:
+            assert PACKAGES[below] < PACKAGES[package], f"experiments: {name} imports from {below}"
+    assert circle(imports) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(

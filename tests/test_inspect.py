@@ -16,13 +16,13 @@ from rich.console import Console
 
 import experiments.inspection
 from experiments.__main__ import commands, main
-from experiments.config_reading import to_yaml
+from experiments.config.reading import to_yaml
+from experiments.evaluation.token_overlay import GAP, SIDE
 from experiments.inspection import tables
 from experiments.inspection.contents import read_contents
 from experiments.inspection.tables import Column
-from experiments.overlay import GAP, SIDE
-from experiments.run_folder import RunFolder
-from sparse_trainer.checkpoint import read_info
+from experiments.run_folder.folder import RunFolder
+from sparse_trainer.files.checkpoint import read_info
 from tests.test_losses import JOINT, THRESHOLD
 from tests.test_training import configure, open_data, run, start
 

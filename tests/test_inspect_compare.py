@@ -16,7 +16,7 @@ from experiments.__main__ import main
 from experiments.inspection.compare import Overlap, add, compare, dense_masks, overlap, overlap_of_units
 from experiments.inspection.contents import Contents, create_dense, read_contents
 from sparse_trainer import Budget, SparseInfo, expand, save_sparse
-from sparse_trainer.checkpoint import read_sparse
+from sparse_trainer.files.checkpoint import read_sparse
 from sparse_trainer.scheduler import prunable_weights
 from sparse_trainer.units import compact
 from tests.conftest import TINY

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from experiments.config import ConfigError
+from experiments.errors import ConfigError
 from experiments.inspection.panels import kind_of, lanes_of, spread
 from experiments.inspection.plot import draw, save
 from experiments.inspection.run import Run, read_run

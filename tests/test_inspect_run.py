@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from experiments.__main__ import main
-from experiments.config_reading import to_yaml
+from experiments.config.reading import to_yaml
 from experiments.inspection.run import find_run, last_written, read_metrics, read_run, to_json
-from experiments.run_folder import RunFolder
+from experiments.run_folder.folder import RunFolder
 from sparse_trainer import BlockUpdate, Budget, CheckpointError, LayerUpdate, MaskUpdate
 from sparse_trainer.mask_log import record_path, write_record
 from tests.test_training import configure

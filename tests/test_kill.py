@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.run_folder import RunFolder
+from experiments.run_folder.folder import RunFolder
 from experiments.trials.compare import differences, fingerprint
 from experiments.trials.kill import write_results
-from sparse_trainer.checkpoint import load_resume, save_resume
+from sparse_trainer.files.checkpoint import load_resume, save_resume
 from sparse_trainer.mask_log import record_path
 from tests.test_training import run, start
 

@@ -15,17 +15,18 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
-from experiments import pretrained
 from experiments.__main__ import main
-from experiments.config import ConfigError, LossConfig, resolve
-from experiments.config_reading import build, load_config, recipes, to_yaml
-from experiments.loop import Loop, Stopped, describe
-from experiments.losses import distillation_loss, macs_loss
-from experiments.metrics import TokenUse, count_used, known_tokens, missed_target
-from experiments.run_folder import RunFolder
-from experiments.training import Trainer
+from experiments.config.reading import build, load_config, recipes, to_yaml
+from experiments.config.run_config import LossConfig, resolve
+from experiments.errors import ConfigError
+from experiments.evaluation.measuring import TokenUse, count_used, known_tokens, missed_target
+from experiments.run_folder.folder import RunFolder
+from experiments.training import pretrained
+from experiments.training.loop import Loop, Stopped, describe
+from experiments.training.losses import distillation_loss, macs_loss
+from experiments.training.trainer import Trainer
 from models import Selection, create_model, tokens_per_block
-from sparse_trainer.checkpoint import load_sparse, read_info, save_sparse
+from sparse_trainer.files.checkpoint import load_sparse, read_info, save_sparse
 from sparse_trainer.flops import block_macs, count
 from tests.conftest import TINY
 from tests.test_training import CLOCKS, StopAt, configure, equal, make_trainer, open_data, read_metrics, run, start

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_trainer.budget import Budget
+from sparse_trainer.files.tensor_file import CheckpointError, write_tensors
 from sparse_trainer.mask_log import (
     ADDED,
     DEAD,
@@ -26,7 +27,6 @@ from sparse_trainer.mask_log import (
 )
 from sparse_trainer.masks import random_mask
 from sparse_trainer.report import BlockUpdate, LayerUpdate, MaskUpdate
-from sparse_trainer.tensor_file import CheckpointError, write_tensors
 
 SHAPES = {"fc1.weight": (6, 7), "conv.weight": (4, 3, 2, 2)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from experiments.overlay import DIMMED, FADE, GAP, SIDE, examples, overlay
+from experiments.evaluation.token_overlay import DIMMED, FADE, GAP, SIDE, examples, overlay
 from models import Selection
 
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 import experiments
-from experiments.config import RunConfig
-from experiments.config_reading import create_parser, flatten, parse
-from experiments.grid import read_grid
+from experiments.config.reading import create_parser, flatten, parse
+from experiments.config.run_config import RunConfig
+from experiments.grids.grid import read_grid
 
 FOLDER = Path(experiments.__file__).parent
 TEXT = (FOLDER / "PARITY.md").read_text(encoding="utf-8")
@@ -64,7 +64,9 @@ def test_all_settings_of_the_data_have_a_place() -> None:
     assert missing == own
 
 
-@pytest.mark.parametrize("path", sorted((FOLDER / "recipes" / "grids").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((FOLDER / "config" / "recipes" / "grids").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_every_entry_of_a_grid_is_a_configuration(path: Path, tmp_path: Path) -> None:
     grid = read_grid(path)
     for entry, changes in grid.entries.items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from experiments.precision import precision_context
+from experiments.evaluation.precision import precision_context
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float32"])

@@ -32,20 +32,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from experiments import data_sources
-from experiments import processes as processes_module
-from experiments.config import ConfigError
-from experiments.config_reading import to_yaml
-from experiments.data import Data, create_data
-from experiments.data_batches import Place, share_of
-from experiments.metrics import measure
-from experiments.parallel import unused_parameters
-from experiments.processes import ALONE, Processes, find_processes, join_processes
-from experiments.training import Trainer, TrainingError
+from experiments.config.reading import to_yaml
+from experiments.data import sources as data_sources
+from experiments.data.batches import Place, share_of
+from experiments.data.create_data import Data, create_data
+from experiments.errors import ConfigError
+from experiments.evaluation.measuring import measure
+from experiments.processes import processes as processes_module
+from experiments.processes.data_parallel import unused_parameters
+from experiments.processes.processes import ALONE, Processes, find_processes, join_processes
+from experiments.training.trainer import Trainer, TrainingError
 from models import create_model
 from sparse_trainer import DisagreementError, SparsityConfig, SparsityScheduler
 from sparse_trainer.agreement import differences
-from sparse_trainer.checkpoint import load_resume, save_resume
+from sparse_trainer.files.checkpoint import load_resume, save_resume
 from tests.test_training import Sick, configure, equal, json_like
 
 Found = dict[str, Any]

@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from experiments.__main__ import main
-from experiments.grid_report import to_markdown
+from experiments.grids.report import to_markdown
 from sparse_trainer import read_info
+from tests.test_imports import FLOORS, PACKAGES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -92,11 +93,24 @@ def test_the_loop_of_ten_lines_and_what_comes_out(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("tower", ["sparse_trainer", "models"])
-def test_the_tree_is_the_tree(tower: str) -> None:
-    section = TEXT.split(f"\n{tower}/ ")[1].split("\n```")[0]
-    section = re.split(r"\n\w+/ ", section)[0]
-    listed = set(re.findall(r"^  (\w+\.py) ", section, flags=re.MULTILINE))
-    assert listed == {path.name for path in (ROOT / tower).glob("*.py")} - {"__init__.py"}
+def test_the_map_is_the_house(tower: str) -> None:
+    """Every file of a tower, by its name and floor."""
+    page = (ROOT / "docs" / "how-it-is-built.md").read_text(encoding="utf-8")
+    section = re.split(r"\n```|\n\w+/ ", page.split(f"\n{tower}/ ")[1])[0]
+    listed, package = {}, ""
+    for indent, name, kind, floor in re.findall(r"^( +)(\w+)(\.py|/) +(\d+) ", section, flags=re.MULTILINE):
+        if kind == "/":
+            package = f"{name}."
+        else:
+            listed[(package if len(indent) > 2 else "") + name] = int(floor)
+    assert listed == FLOORS[tower]
+
+
+def test_the_map_of_the_bridge() -> None:
+    page = (ROOT / "docs" / "how-it-is-built.md").read_text(encoding="utf-8")
+    section = page.split("\nexperiments/\n")[1].split("\ntests/")[0]
+    listed = {name: int(floor) for name, floor in re.findall(r"^  (\w+)(?:\.py|/) +(\d+) ", section, re.MULTILINE)}
+    assert listed == {name: floor for name, floor in PACKAGES.items() if name != "__main__"}
 
 
 def test_the_checks_are_what_ci_runs() -> None:

@@ -15,8 +15,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_trainer.checkpoint import CheckpointError, load_resume, save_resume
-from sparse_trainer.tensor_file import write_tensors
+from sparse_trainer.files.checkpoint import CheckpointError, load_resume, save_resume
+from sparse_trainer.files.tensor_file import write_tensors
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 values = st.recursive(

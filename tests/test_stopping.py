@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import loop, metrics, train
 from experiments.__main__ import main
-from experiments.console import Display
-from experiments.run_folder import RunFolder
-from experiments.stopping import SIGNALS, StoppedAtOnce, StopRequest, exit_code, stop_on_signals
+from experiments.commands import train
+from experiments.evaluation import measuring as metrics
+from experiments.processes.signals import SIGNALS, StoppedAtOnce, StopRequest, exit_code, stop_on_signals
+from experiments.run_folder.folder import RunFolder
+from experiments.terminal import Display
+from experiments.training import loop
 from experiments.trials.compare import differences, fingerprint
 
 SMALL = [

@@ -13,8 +13,8 @@ import safetensors.torch
 import torch
 
 from experiments.trials.mutations import put_together, take_apart
-from sparse_trainer import whole_file
-from sparse_trainer.tensor_file import (
+from sparse_trainer.files import whole_file
+from sparse_trainer.files.tensor_file import (
     CheckpointError,
     parse_json,
     read_metadata,

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from experiments.processes import Processes
-from experiments.run_folder import RunFolder
-from experiments.together import FailedElsewhere, speaks, together
+from experiments.processes.processes import Processes
+from experiments.processes.shared_failure import FailedElsewhere, speaks, together
+from experiments.run_folder.folder import RunFolder
 from experiments.trials.victims import STEP, start_victims
 
 SMALL = [

@@ -18,20 +18,21 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from experiments.__main__ import main
-from experiments.config import ConfigError, RunConfig, ScheduleConfig, resolve
-from experiments.config_reading import build, to_yaml
-from experiments.console import Display
-from experiments.data import Data, create_data
-from experiments.loop import Loop, Stopped, StopRequest, describe
-from experiments.losses import create_loss
-from experiments.metrics import count_correct
-from experiments.network import create_lr_schedule, create_optimizer
-from experiments.plan import create_plan
-from experiments.random_states import random_states, restore_random_states, resume_random_states
-from experiments.run_folder import RunFolder, create_run_folder
-from experiments.training import Trainer, TrainingError
+from experiments.config.reading import build, to_yaml
+from experiments.config.run_config import RunConfig, ScheduleConfig, resolve
+from experiments.data.create_data import Data, create_data
+from experiments.errors import ConfigError
+from experiments.evaluation.measuring import count_correct
+from experiments.run_folder.folder import RunFolder, create_run_folder
+from experiments.run_folder.random_states import random_states, restore_random_states, resume_random_states
+from experiments.terminal import Display
+from experiments.training.loop import Loop, Stopped, StopRequest, describe
+from experiments.training.losses import create_loss
+from experiments.training.network import create_lr_schedule, create_optimizer
+from experiments.training.plan import create_plan
+from experiments.training.trainer import Trainer, TrainingError
 from models import create_model
-from sparse_trainer.checkpoint import load_resume, load_sparse, load_sparse_masks, read_info, save_resume
+from sparse_trainer.files.checkpoint import load_resume, load_sparse, load_sparse_masks, read_info, save_resume
 from sparse_trainer.mask_log import read_timeline
 
 SMALL: dict[str, dict[str, Any]] = {

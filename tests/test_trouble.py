@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from experiments.objective import Objective
-from experiments.processes import ALONE
-from experiments.training import Trainer, TrainingError
-from experiments.trouble import Recording, explain, listed
+from experiments.processes.processes import ALONE
+from experiments.training.numerical_trouble import Recording, explain, listed
+from experiments.training.objective import Objective
+from experiments.training.trainer import Trainer, TrainingError
 from tests.test_training import Sick, equal, make_trainer
 
 IMPATIENT: dict[str, Any] = {"training": {"max_bad_steps": 2}, "optimizer": {"name": "sgd", "lr": 1e-4}}

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from experiments.benchmarks.setting import Setting
-from experiments.config import ConfigError
-from experiments.data import DataConfig, create_data
-from experiments.timing import Figure, paired
+from experiments.benchmarks.timing import Figure, paired
+from experiments.data.create_data import create_data
+from experiments.data.data_config import DataConfig
+from experiments.errors import ConfigError
 
 COPIES = 20
 """Files of each image."""

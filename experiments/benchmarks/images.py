@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from experiments.config import ConfigError
-from experiments.evaluate import data_of, open_eval_data
+from experiments.errors import ConfigError
+from experiments.evaluation.evaluate_checkpoint import data_of, open_eval_data
 from experiments.inspection.pictures import MOST_IMAGES, read_images
-from sparse_trainer.checkpoint import SparseInfo
+from sparse_trainer.files.checkpoint import SparseInfo
 
 
 def spread_out(count: int, wanted: int) -> list[int]:

@@ -18,7 +18,7 @@ from experiments.benchmarks.setting import (
     make_small,
     textured_images,
 )
-from experiments.timing import Figure, paired, percentiles
+from experiments.benchmarks.timing import Figure, paired, percentiles
 from models import Selection, tokens_per_block
 from sparse_trainer import flops
 from sparse_trainer.units import find_blocks

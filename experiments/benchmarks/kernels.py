@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.benchmarks.setting import Setting, make_model
-from experiments.config import ConfigError
-from experiments.config_reading import naming
-from experiments.timing import paired, timed
+from experiments.benchmarks.timing import paired, timed
+from experiments.config.reading import naming
+from experiments.errors import ConfigError
 from sparse_trainer.masks import random_mask
 from sparse_trainer.units import find_blocks
 

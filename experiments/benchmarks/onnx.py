@@ -18,9 +18,9 @@ from experiments.benchmarks.setting import (
     make_small,
     textured_images,
 )
-from experiments.config import ConfigError
+from experiments.benchmarks.timing import Figure, alternate, percentiles_of, summarize
+from experiments.errors import ConfigError
 from experiments.exports.onnx import export_onnx, onnx_session, require_onnx, run_onnx
-from experiments.timing import Figure, alternate, percentiles_of, summarize
 from sparse_trainer import flops
 
 CPU = torch.device("cpu")

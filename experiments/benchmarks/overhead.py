@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from experiments.benchmarks.setting import Setting, Weights, make_batch, make_model, training_step
-from experiments.timing import Figure, summarize, timed
+from experiments.benchmarks.timing import Figure, summarize, timed
 from sparse_trainer import SparsityConfig, SparsityScheduler
 
 

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from experiments.benchmarks.images import sample
 from experiments.benchmarks.setting import Setting, Step, classifier, inference
-from experiments.config import ConfigError
-from experiments.metrics import TokenUse, count_used, describe_tokens, known_tokens
-from experiments.pretrained import find_checkpoint
-from experiments.timing import PERCENTILES, Spread, alternate, peak_memory, percentiles_of, spread
+from experiments.benchmarks.timing import PERCENTILES, Spread, alternate, peak_memory, percentiles_of, spread
+from experiments.errors import ConfigError
+from experiments.evaluation.measuring import TokenUse, count_used, describe_tokens, known_tokens
+from experiments.training.pretrained import find_checkpoint
 from models import create_model, tokens_per_block
-from sparse_trainer.checkpoint import CheckpointError, SparseInfo, load_sparse, read_info, read_sparse
+from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, load_sparse, read_info, read_sparse
+from sparse_trainer.files.tensor_file import fault
 from sparse_trainer.flops import Count
-from sparse_trainer.tensor_file import fault
 from sparse_trainer.units import find_blocks
 
 WARMUP = 2

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.benchmarks.report import Report, Row
-from experiments.config import ConfigError
-from experiments.console import print_table
-from experiments.timing import check_output, write_text
+from experiments.benchmarks.timing import check_output, write_text
+from experiments.errors import ConfigError
+from experiments.terminal import print_table
 
 HEADINGS = ("", "dense", "sparse", "ratio", "middle half", "ideal", "of ideal")
 EXPLAINED = (

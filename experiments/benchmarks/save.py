@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments.benchmarks.setting import Setting, Weights, make_model, training_step
-from experiments.config import ConfigError
-from experiments.timing import Figure, paired
+from experiments.benchmarks.timing import Figure, paired
+from experiments.errors import ConfigError
 from models import resolve
 from sparse_trainer import SparsityConfig, SparsityScheduler, flops
-from sparse_trainer.checkpoint import SparseInfo, load_sparse, read_sparse, save_resume, save_sparse
+from sparse_trainer.files.checkpoint import SparseInfo, load_sparse, read_sparse, save_resume, save_sparse
 
 State = dict[str, Tensor]
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.config import ConfigError, choose_device
-from experiments.config_reading import naming
-from experiments.data import DataConfig, create_data
-from experiments.precision import precision_context
+from experiments.config.reading import naming
+from experiments.config.run_config import choose_device
+from experiments.data.create_data import create_data
+from experiments.data.data_config import DataConfig
+from experiments.errors import ConfigError
+from experiments.evaluation.precision import precision_context
 from models import create_model
 from sparse_trainer import flops
 from sparse_trainer.units import compact, find_blocks

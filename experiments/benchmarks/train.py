@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from experiments.benchmarks.setting import Setting, Step, Structure, macs_of, make_model, make_small, training_step
-from experiments.timing import Figure, paired, peak_memory
+from experiments.benchmarks.timing import Figure, paired, peak_memory
 from sparse_trainer import flops
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from experiments.data import DataConfig, create_data
+from experiments.data.create_data import create_data
+from experiments.data.data_config import DataConfig
 from sparse_trainer import SparsityConfig, SparsityScheduler
 
 EPOCHS = 2

@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from torch import Tensor, nn
 
-from sparse_trainer.checkpoint import CheckpointError, SparseInfo
+from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo
 
 FORMAT, VERSION = "sparse-trainer-csr", 1
 PARTS = ("data", "indices", "indptr", "shape")

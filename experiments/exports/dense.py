@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import nn
 
 from models import create_model, resolve
-from sparse_trainer.checkpoint import CheckpointError, SparseInfo
+from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo
 from sparse_trainer.units import compact
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

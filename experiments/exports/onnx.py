@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from experiments.config import ConfigError
+from experiments.errors import ConfigError
 from experiments.exports.staging import staged
-from sparse_trainer.checkpoint import CheckpointError
+from sparse_trainer.files.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from experiments.config import ConfigError
-from sparse_trainer.checkpoint import CheckpointError
+from experiments.errors import ConfigError
+from sparse_trainer.files.checkpoint import CheckpointError
 
 
 def check_target(target: Path, *, checkpoint: Path, overwrite: bool, files: frozenset[str] | None) -> None:

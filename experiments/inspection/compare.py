@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.config import ConfigError
+from experiments.errors import ConfigError
 from experiments.inspection.contents import Contents, create_dense
-from sparse_trainer.checkpoint import SparseFile, SparseInfo
+from sparse_trainer.files.checkpoint import SparseFile, SparseInfo
 from sparse_trainer.scheduler import prunable_weights
 from sparse_trainer.units import UnitSlice, find_blocks
 

@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from experiments.metrics import known_tokens
+from experiments.evaluation.measuring import known_tokens
 from models import create_model
-from sparse_trainer.checkpoint import SPARSE_VERSION, SparseFile, SparseInfo, load_sparse, read_sparse
+from sparse_trainer.files.checkpoint import SPARSE_VERSION, SparseFile, SparseInfo, load_sparse, read_sparse
 from sparse_trainer.flops import Count, count
 from sparse_trainer.scheduler import prunable_weights
 from sparse_trainer.units import BlockUnits, find_blocks

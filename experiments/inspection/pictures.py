@@ -10,14 +10,14 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from experiments.augment import normalize
-from experiments.config import ConfigError
-from experiments.data_config import DataConfig
-from experiments.evaluate import data_of, open_eval_data
-from experiments.overlay import draw, examples
-from experiments.precision import precision_context
+from experiments.data.augmentation import normalize
+from experiments.data.data_config import DataConfig
+from experiments.errors import ConfigError
+from experiments.evaluation.evaluate_checkpoint import data_of, open_eval_data
+from experiments.evaluation.precision import precision_context
+from experiments.evaluation.token_overlay import draw, examples
 from models import Selection, create_model
-from sparse_trainer.checkpoint import SparseInfo, load_sparse, read_info
+from sparse_trainer.files.checkpoint import SparseInfo, load_sparse, read_info
 
 MOST_IMAGES = 10
 """Rows of a picture."""

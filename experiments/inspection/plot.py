@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from experiments.config import ConfigError
+from experiments.errors import ConfigError
 from experiments.inspection.panels import HEADS, HEIGHT, ORDER, TEXT, End, label_ends, lanes_of, panels, plain
 from experiments.inspection.run import Run
 

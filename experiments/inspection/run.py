@@ -9,13 +9,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from experiments.config import ConfigError, RunConfig
-from experiments.config_reading import load_config
-from experiments.run_folder import RunFolder
-from sparse_trainer.checkpoint import CheckpointError
+from experiments.config.reading import load_config
+from experiments.config.run_config import RunConfig
+from experiments.errors import ConfigError
+from experiments.run_folder.folder import RunFolder
+from sparse_trainer.files.checkpoint import CheckpointError
+from sparse_trainer.files.tensor_file import fault, parse_json, quote
 from sparse_trainer.mask_log import MaskRecord, read_timeline
 from sparse_trainer.report import MaskUpdate
-from sparse_trainer.tensor_file import fault, parse_json, quote
 from sparse_trainer.update_schedule import UpdateSchedule
 
 MOST_UNITS = 1 << 17

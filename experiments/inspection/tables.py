@@ -14,9 +14,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from experiments.console import print_table
 from experiments.inspection.compare import BlockOverlap, Comparison, Overlap, accuracy_of
 from experiments.inspection.contents import Contents, Layer, Part, versions
+from experiments.terminal import print_table
 
 PRODUCTS = "(qk, av): queries times keys and attention times values, which have no weights"
 BAR = 12

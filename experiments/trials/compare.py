@@ -15,8 +15,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from experiments.run_folder import RunFolder
-from sparse_trainer.checkpoint import load_resume
+from experiments.run_folder.folder import RunFolder
+from sparse_trainer.files.checkpoint import load_resume
 from sparse_trainer.mask_log import read_timeline
 
 CLOCKS = ("train/images_per_second", "update/seconds")

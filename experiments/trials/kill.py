@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.stopping import exit_code
+from experiments.processes.signals import exit_code
 from experiments.trials import compare
 from experiments.trials.victims import (
     BUNDLE,

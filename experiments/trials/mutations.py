@@ -19,8 +19,8 @@ import timm
 from torch import Tensor
 
 from models import create_model
-from sparse_trainer.checkpoint import SparseInfo
-from sparse_trainer.rebuild import build_without_memory
+from sparse_trainer.files.checkpoint import SparseInfo
+from sparse_trainer.files.rebuild import build_without_memory
 
 WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "I32": 4, "I64": 8, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 #: Elements of a model that is made up.

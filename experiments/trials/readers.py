@@ -21,15 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.config import ConfigError, RunConfig, resolve
-from experiments.config_reading import build
-from experiments.data import Data, create_data
-from experiments.loop import Loop
-from experiments.run_folder import RunFolder
-from experiments.training import Trainer, TrainingError
+from experiments.config.reading import build
+from experiments.config.run_config import RunConfig, resolve
+from experiments.data.create_data import Data, create_data
+from experiments.errors import ConfigError
+from experiments.run_folder.folder import RunFolder
+from experiments.training.loop import Loop
+from experiments.training.trainer import Trainer, TrainingError
 from models import create_model
 from sparse_trainer import SparsityConfig, SparsityScheduler
-from sparse_trainer.checkpoint import (
+from sparse_trainer.files.checkpoint import (
     CheckpointError,
     SparseInfo,
     load_resume,

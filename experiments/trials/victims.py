@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-from experiments import loop, train
-from experiments.training import Trainer
+from experiments.commands import train
+from experiments.training import loop
+from experiments.training.trainer import Trainer
 from sparse_trainer.mask_log import MaskLog
 from sparse_trainer.scheduler import SparsityScheduler
 

@@ -1,0 +1,1 @@
+"""The sub-commands of the command line, a file for each: arguments and printing."""

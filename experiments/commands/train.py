@@ -1,0 +1,336 @@
+"""``sparse-trainer train``: one run from a configuration to a sparse checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+
+from experiments.config.reading import create_parser, naming, parse, to_yaml
+from experiments.config.run_config import RunConfig, resolve
+from experiments.data.create_data import Data, create_data
+from experiments.errors import ConfigError
+from experiments.evaluation.measuring import describe_tokens, missed_target
+from experiments.processes.processes import ALONE, Processes, join_processes
+from experiments.processes.shared_failure import FailedElsewhere, speaks, together
+from experiments.processes.signals import StoppedAtOnce, StopRequest, exit_code, stop_on_signals
+from experiments.run_folder.folder import RunFolder, create_run_folder, find_run
+from experiments.run_folder.random_states import deterministic_algorithms
+from experiments.terminal import FAILED, WRONG, Display, create_console, print_table
+from experiments.training.loop import Loop, Stopped, describe
+from experiments.training.trainer import Trainer, TrainingError
+from sparse_trainer.files.checkpoint import CheckpointError
+from sparse_trainer.files.whole_file import write_atomically
+
+EXIT_CODES = """\
+exit codes: 0 the run is complete; 1 it could not go on (full disk, no finite loss, ...); 2 what was asked for cannot
+be done; 130 ended by Ctrl-C (SIGINT), 143 by SIGTERM, 138 by SIGUSR1. A signal lets the step end and everything be
+saved; a second Ctrl-C ends the run at once. Go on with --resume."""
+LOST = re.compile("gloo|NCCL|[Cc]onnection (closed|reset|refused)|TCPStore")
+"""In the message of an error: another process is gone."""
+ALONE_NOW = "another process has ended, and this one cannot go on without it; if it says nothing itself, it was killed"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Options beside the configuration."""
+    parser.add_argument(
+        "--resume",
+        type=str,
+        default=None,
+        help="run folder to go on with, or auto: the run called output.name, else the newest (of the recipe named by "
+        "--config, if there is one); with auto and none to go on with, a new run starts",
+    )
+    parser.epilog = EXIT_CODES
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; returns its exit code."""
+    with stop_on_signals() as stop:
+        try:
+            request = _Request(arguments)
+            with join_processes(request.device) as processes:
+                return _run(request, processes, stop)
+        except ConfigError as error:  # of the meeting itself
+            return _say(error, WRONG, ALONE)
+        except StoppedAtOnce as stopped:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"sparse-trainer train: {stopped}{stopped.hint}", file=sys.stderr)
+            return exit_code(stopped.number)
+
+
+def _run(request: _Request, processes: Processes, stop: StopRequest) -> int:
+    """Train, with every error turned into one line and an exit code."""
+    try:
+        code = train(request, processes, stop)
+        processes.part()
+        return code
+    except FailedElsewhere:
+        return FAILED
+    except (ConfigError, CheckpointError) as error:
+        return _say(error, WRONG, processes)
+    except (TrainingError, OSError) as error:
+        return _say(error, FAILED, processes)
+    except torch.OutOfMemoryError as error:
+        advice = "a smaller data.batch_size needs less memory; a greater training.accumulate makes up for it"
+        return _say(f"{str(error).splitlines()[0]} {advice}", FAILED, processes)
+    except RuntimeError as error:
+        if "deterministic implementation" in str(error):
+            return _say(f"training.deterministic: {str(error).splitlines()[0]}", FAILED, processes)
+        if not _is_lost(error, processes):
+            raise
+        return _say(ALONE_NOW, FAILED, processes)
+
+
+def _is_lost(error: RuntimeError, processes: Processes) -> bool:
+    """Whether ``error`` means that another process is gone."""
+    return processes.size > 1 and LOST.search(str(error)) is not None
+
+
+def _say(error: object, code: int, processes: Processes) -> int:
+    """Print one line; what all processes met only the first one says."""
+    if processes.is_main or speaks(processes):
+        who = "" if processes.is_main else f"process {processes.rank} of {processes.size}: "
+        print(f"sparse-trainer train: error: {who}{' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    if processes.is_main:
+        speaks(processes)  # they wait to hear whether it does
+    processes.part()
+    return code
+
+
+class _Request:
+    """What the command line asks for. What is wrong with it is kept until all processes have met."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = arguments
+        self.error: ConfigError | None = None
+        self.device = "cpu"
+        try:
+            self.config, self.folder = read_command_line(arguments)
+            self.device = self.config.training.device
+        except ConfigError as error:
+            self.error = error
+
+    def agree(self, processes: Processes) -> tuple[RunConfig, RunFolder | None]:
+        """The configuration, and the run to go on with, which is the one that the first process found.
+
+        Raises:
+            ConfigError: in one line.
+        """
+        with together(processes):
+            if self.error is not None:
+                raise self.error
+        path = processes.share(str(self.folder.path) if self.folder is not None else None)
+        with together(processes):
+            if path != (str(self.folder.path) if self.folder is not None else None):
+                self.folder = RunFolder(Path(path)) if path is not None else None
+                self.config = configure(self.arguments, self.folder)
+        return self.config, self.folder
+
+
+def read_command_line(arguments: Sequence[str]) -> tuple[RunConfig, RunFolder | None]:
+    """The resolved configuration, and the run to go on with, if any.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    parser = create_parser("train")
+    add_arguments(parser)
+    config, parsed = parse(parser, arguments)
+    if parsed.resume is None:
+        return resolve(config), None
+    folder = find_run(parsed.resume, config.output, config.recipe if _names_config(arguments) else None)
+    return configure(arguments, folder), folder
+
+
+def configure(arguments: Sequence[str], folder: RunFolder | None) -> RunConfig:
+    """The resolved configuration: that of the run to go on with, unless the command line names another.
+
+    Raises:
+        ConfigError: in one line.
+    """
+    parser = create_parser("train")
+    add_arguments(parser)
+    own = folder is not None and folder.config.is_file() and not _names_config(arguments)
+    config, _ = parse(parser, arguments, base=folder.config if folder is not None and own else None)
+    return resolve(config)
+
+
+def _names_config(arguments: Sequence[str]) -> bool:
+    return any(argument == "--config" or argument.startswith("--config=") for argument in arguments)
+
+
+def train(request: _Request, processes: Processes, stop: StopRequest) -> int:
+    """Train from the beginning, or from the newest checkpoint of the run to go on with."""
+    config, found = request.agree(processes)
+    with deterministic_algorithms(config.training.deterministic):
+        return _train(config, found, processes, stop)
+
+
+def _train(config: RunConfig, found: RunFolder | None, processes: Processes, stop: StopRequest) -> int:
+    console = create_console() if processes.is_main else Console(quiet=True, force_terminal=False)
+    # What fails from here to the loop fails on all processes, or ends this one and with it the others.
+    data = _open_data(config, processes)
+    resuming = processes.share(found is not None and bool(found.bundles()))
+    trainer = Trainer(config, data, processes, resuming=resuming)
+    with naming("model"):
+        describe(trainer, {})  # what no checkpoint can hold is refused now, not after the training
+    loop = _open_run(config, trainer, found, resuming)
+    folder = loop.folder
+    if resuming:
+        console.print(f"resuming {folder.path} at step {trainer.tried:,}", soft_wrap=True, markup=False)
+    elif found is not None:
+        console.print(f"{folder.path} ended before its first step; it begins anew", soft_wrap=True, markup=False)
+    if loop.complete:
+        console.print("the run is complete", soft_wrap=True)
+        _conclude(loop, console)
+        return 0
+    _introduce(trainer, folder, console)
+    try:
+        with Display(console, trainer.plan.total_steps, trainer.tried) as display:
+            loop.run(display, stop)
+    except Stopped as stopped:
+        console.print(
+            f"stopped by {stopped} after step {trainer.tried:,} of {trainer.plan.total_steps:,}; everything is saved. "
+            f"Go on with:\n  {resume_command(folder, processes)}",
+            soft_wrap=True,
+            markup=False,
+        )
+        return exit_code(stopped.number)
+    except StoppedAtOnce as stopped:
+        stopped.hint = _saved(loop)
+        raise
+    except RuntimeError as error:
+        lost = not isinstance(error, TrainingError) and _is_lost(error, processes)
+        if lost or isinstance(error, TrainingError):
+            raise TrainingError(f"{ALONE_NOW if lost else error}{_saved(loop)}") from error
+        raise
+    _conclude(loop, console)
+    return 0
+
+
+def _open_run(config: RunConfig, trainer: Trainer, found: RunFolder | None, resuming: bool) -> Loop:
+    """The loop over a new run, or over the one that was found, with its state."""
+    processes = trainer.processes
+    folder = found
+    with together(processes):
+        if processes.is_main and not resuming:
+            folder = found or create_run_folder(config.output, config.recipe)
+            write_atomically(folder.config, [to_yaml(_unnamed(config)).encode()])
+    loop = Loop(trainer, RunFolder(Path(processes.share(str(folder.path) if folder is not None else None))))
+    if resuming:
+        loop.resume()
+    return loop
+
+
+def _saved(loop: Loop) -> str:
+    """What a run that ends early leaves, for the end of a sentence."""
+    if loop.saved is None:
+        return ""
+    return f"; go on from step {loop.saved:,} with {resume_command(loop.folder, loop.processes)}"
+
+
+def resume_command(folder: RunFolder, processes: Processes) -> str:
+    """The command line that goes on with a run."""
+    path = shlex.quote(str(folder.path))
+    if processes.size == 1:
+        return f"sparse-trainer train --resume {path}"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.size))
+    machines = f"--nnodes {processes.size // here} --rdzv-backend c10d --rdzv-endpoint HOST:PORT "
+    return (
+        f"torchrun {machines if here < processes.size else ''}--nproc-per-node {here} -m experiments train "
+        f"--resume {path}"
+    )
+
+
+def _open_data(config: RunConfig, processes: Processes) -> Data:
+    with naming("data"):
+        try:
+            return create_data(
+                config.data,
+                device=processes.device(config.training.device),
+                seed=config.training.seed,
+                rank=processes.rank,
+                world_size=processes.size,
+            )
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error}") from error
+
+
+def _unnamed(config: RunConfig) -> RunConfig:
+    """The same run for another folder: a name would be taken when the file is used again."""
+    return dataclasses.replace(config, output=dataclasses.replace(config.output, name=None))
+
+
+def _introduce(trainer: Trainer, folder: RunFolder, console: Console) -> None:
+    config, data, count = trainer.config, trainer.data, trainer.count()
+    budget = f"{trainer.budget} prunable weights live" if trainer.sparsity is not None else "dense"
+    for line in (
+        f"model     {config.model.name}, {count.parameters:,} parameters; {budget}",
+        f"data      {config.data.dataset}: {data.train_size:,} images to train on, {data.eval_size:,} to evaluate, "
+        f"{data.num_classes} classes, {data.image_size} x {data.image_size} x {data.in_chans}; {data.path}",
+        f"training  {trainer.plan.total_steps:,} steps ({trainer.plan.total_steps / trainer.plan.steps_per_epoch:g} "
+        f"epochs) of {config.step_images} images, {config.training.amp} on {trainer.device}",
+        *([f"start     {config.model.start}"] if config.model.start is not None else []),
+        *([f"teacher   {config.losses.teacher}"] if trainer.teacher is not None else []),
+        f"folder    {folder.path}",
+    ):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _conclude(loop: Loop, console: Console) -> None:
+    """The table at the end: every number measured on the tensors and files as they are."""
+    trainer, folder, history = loop.trainer, loop.folder, loop.history
+    unreadable = trainer.unreadable_images()
+    if not loop.processes.is_main:
+        return
+    assert history.best is not None
+    last, best, count = history.evaluations[-1], history.best, trainer.count()
+    prefix = "ema_" if trainer.ema is not None else ""
+    sparse_bytes = folder.sparse.stat().st_size
+    minutes, seconds = divmod(round(loop.clock.seconds), 60)
+    losses = trainer.config.losses
+    # Of training images, which may be augmented to hold less that is worth a look than those of the evaluation.
+    asked, missed = "", None
+    if losses.macs_target is not None and losses.bounds_macs:
+        computed = count.macs / trainer.dense_macs
+        asked = f"; {computed:.1%} computed, {losses.macs_target:.1%} asked of training images"
+        if trainer.tokens is not None:
+            missed = missed_target(computed, losses.macs_target, trainer.tokens)
+    rows = [
+        ("accuracy", f"top-1 {last[prefix + 'top1']:.2f} %   top-5 {last[prefix + 'top5']:.2f} %"),
+        ("best top-1", f"{best[loop.score]:.2f} % at step {int(best['step']):,}"),
+        ("live parameters", f"{trainer.budget}; budget {loop.budget.live:,}"),
+        (
+            "MACs per image",
+            f"{count.live_macs / 1e6:,.1f} M live, {count.macs / 1e6:,.1f} M as computed; dense "
+            f"{trainer.dense_macs / 1e6:,.1f} M{asked}",
+        ),
+        (
+            "sparse file",
+            f"{sparse_bytes / 1e6:,.3f} MB, {sparse_bytes / trainer.dense_bytes:.1%} of the dense weights "
+            f"({trainer.dense_bytes / 1e6:,.3f} MB)",
+        ),
+        ("training time", f"{minutes} min {seconds:02d} s, evaluation and saving not counted"),
+        ("saved weights", "average over the training (EMA)" if trainer.ema is not None else "of the last step"),
+        ("written to", str(folder.path)),
+    ]
+    if trainer.tokens is not None:
+        rows.insert(4, ("patches kept", describe_tokens(trainer.tokens)))
+    if trainer.bad_steps:
+        rows.insert(-1, ("dropped steps", f"{trainer.bad_steps} with a loss or gradient that was not finite"))
+    if unreadable:
+        rows.insert(-1, ("unreadable images", f"{len(unreadable)}"))
+    print_table(console, f"{trainer.config.recipe}: done", rows)
+    if missed is not None:
+        console.print(f"note: {missed}", soft_wrap=True, markup=False)
+    console.print(
+        f"next:\n  sparse-trainer evaluate {folder.sparse}\n  tensorboard --logdir {folder.path.parent}", soft_wrap=True
+    )

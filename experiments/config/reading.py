@@ -1,0 +1,375 @@
+"""A run's configuration from YAML files and dotted overrides, and back.
+
+jsonargparse reads and merges files and the command line; the dataclasses of :mod:`experiments.config.run_config` check
+themselves when they are built. Whatever is wrong becomes one :class:`~experiments.errors.ConfigError` of one line that
+names the key, the value and what would work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from experiments.config.field_docs import field_docs
+from experiments.config.run_config import (
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    OutputConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+from experiments.data.data_config import DataConfig
+from experiments.errors import ConfigError
+from models.token_selector import SelectorConfig
+from sparse_trainer.sparsity_config import SparsityConfig
+
+DEFAULT_RECIPE = "quickstart"
+
+
+@contextmanager
+def naming(section: str) -> Iterator[None]:
+    """Turn the ValueError of a part into a :class:`ConfigError` of one line that names the section."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(_with_section(section, str(error))) from error
+
+
+def _with_section(section: str, message: str) -> str:
+    """Put ``section.`` before every key that a record's problems begin with."""
+    names = _leaves(_RECORDS[section]) if section in _RECORDS else {}
+    problems = []
+    for line in message.split("\n"):
+        if not line.strip():
+            continue
+        if names:
+            pattern = rf"(^|; )(?=(?:{'|'.join(map(re.escape, names))})\b)"
+            line = re.sub(pattern, rf"\g<1>{section}.", line)
+        problems.append(line.strip())
+    text = "; ".join(problems)
+    return text if re.match(rf"{section}\b", text) else f"{section}: {text}"
+
+
+_RECORDS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "sparsity": SparsityConfig,
+    "selector": SelectorConfig,
+    "losses": LossConfig,
+    "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig,
+    "training": TrainingConfig,
+    "output": OutputConfig,
+}
+
+
+def _record_type(hint: Any) -> type | None:
+    """The dataclass in a type hint such as ``SparsityConfig | None``."""
+    candidates = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((c for c in candidates if dataclasses.is_dataclass(c) and isinstance(c, type)), None)
+
+
+def _leaves(record: type, prefix: str = "") -> dict[str, Any]:
+    """Type hints of all values by dotted key."""
+    leaves: dict[str, Any] = {}
+    hints = typing.get_type_hints(record)
+    for item in dataclasses.fields(record):
+        hint = hints[item.name]
+        inner = _record_type(hint)
+        if inner is None:
+            leaves[prefix + item.name] = hint
+        else:
+            leaves.update(_leaves(inner, f"{prefix}{item.name}."))
+    return leaves
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the project, by name."""
+    folder = resources.files("experiments.config") / "recipes"
+    return {
+        Path(str(item)).stem: Path(str(item))
+        for item in sorted(folder.iterdir(), key=str)
+        if item.name.endswith(".yaml")
+    }
+
+
+def find_config(name: str) -> Path:
+    """The file that ``name`` means: a path, or the name of a recipe.
+
+    Raises:
+        ConfigError: neither exists.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    known = recipes()
+    if name.removesuffix(".yaml") in known:
+        return known[name.removesuffix(".yaml")]
+    close = difflib.get_close_matches(path.stem, known, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise ConfigError(f"--config: {name} is no file and no recipe; {hint}recipes: {', '.join(known)}")
+
+
+def create_parser(command: str) -> ArgumentParser:
+    """A parser for all of :class:`RunConfig` as ``--config FILE`` and dotted options."""
+    parser = ArgumentParser(
+        prog=f"sparse-trainer {command}",
+        description="Train a sparse Vision Transformer under one exact budget.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config",
+        action="config",
+        help=f"YAML file or name of a recipe ({', '.join(recipes())}); without one: {DEFAULT_RECIPE}. Of "
+        "several the later wins; options win over files.",
+    )
+    parser.add_class_arguments(RunConfig)
+    explain_options(parser)
+    return parser
+
+
+def explain_options(parser: ArgumentParser) -> None:
+    """Give every dotted option the text that stands under its field."""
+    texts = field_docs(RunConfig)
+    for section, record in _RECORDS.items():
+        texts |= {f"{section}.{name}": text for name, text in field_docs(record).items()}
+    # The parser lists no options of a section that may be null.
+    for section, null in (("sparsity", "null trains the dense network."), ("selector", "null looks at all tokens.")):
+        inner = [f"--{key}: {text}" for key, text in texts.items() if key.startswith(f"{section}.")]
+        texts[section] = " ".join([null, *inner])
+    for action in parser._actions:
+        if action.dest in texts:
+            action.help = texts[action.dest].replace("%", "%%")
+
+
+def _expand_config_names(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """The files behind ``--config`` in order, and the command line with them in front: overrides win over files
+    wherever they stand."""
+    rest: list[str] = []
+    files: list[Path] = []
+    waiting = False
+    for argument in arguments:
+        if waiting or argument.startswith("--config="):
+            files.append(find_config(argument if waiting else argument.removeprefix("--config=")))
+            waiting = False
+        elif argument == "--config":
+            waiting = True
+        else:
+            rest.append(argument)
+    if waiting:
+        raise ConfigError("--config: needs a file or the name of a recipe")
+    return [*(f"--config={path}" for path in files), *rest], files
+
+
+def parse(parser: ArgumentParser, arguments: Sequence[str], *, base: Path | None = None) -> tuple[RunConfig, Namespace]:
+    """Read files and overrides.
+
+    Args:
+        parser: of :func:`create_parser`, with more options or without.
+        arguments: the command line after the sub-command.
+        base: configuration where the command line names none; by default the quick start.
+
+    Returns:
+        The configuration, named after the last file, and all parsed values.
+
+    Raises:
+        ConfigError: with all problems of all sections on one line.
+    """
+    expanded, files = _expand_config_names(arguments)
+    if not files:
+        files = [base or recipes()[DEFAULT_RECIPE]]
+        expanded = [f"--config={files[0]}", *expanded]
+    contents = [_read_yaml(path) for path in files]
+    try:
+        parsed = parser.parse_args(expanded)
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ConfigError(explain(str(error), parser, expanded, contents)) from error
+    config = build(parsed.as_dict())
+    return (config if config.recipe else dataclasses.replace(config, recipe=files[-1].stem)), parsed
+
+
+def load_config(path: Path) -> RunConfig:
+    """The configuration in a file, with nothing changed.
+
+    Raises:
+        ConfigError: the file is missing or wrong.
+    """
+    return parse(create_parser("train"), ["--config", str(path)])[0]
+
+
+def build(values: Mapping[str, Any]) -> RunConfig:
+    """A configuration from plain values by section; missing ones take their defaults.
+
+    Raises:
+        ConfigError: with all problems of all sections on one line.
+    """
+    sections: dict[str, Any] = {"recipe": values.get("recipe") or ""}
+    problems = []
+    for section, record in _RECORDS.items():
+        if section not in values:
+            continue
+        given = values[section]
+        if given is None or isinstance(given, record):
+            sections[section] = given
+            continue
+        known = {item.name for item in dataclasses.fields(record)}
+        try:
+            with naming(section):
+                sections[section] = record(**{key: value for key, value in given.items() if key in known})
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return RunConfig(**sections)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """YAML that :func:`parse` reads back into an equal configuration."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """All values by dotted key; a section that is switched off is None under its name."""
+
+    def walk(value: Any, key: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, dict) and value:
+            for name, inner in value.items():
+                yield from walk(inner, f"{key}.{name}" if key else name)
+        else:
+            yield key, value
+
+    return dict(walk(_plain(dataclasses.asdict(config)), ""))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: cannot read {path}: {error}") from error
+    except yaml.YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f" at line {place.line + 1}" if place is not None else ""
+        raise ConfigError(f"--config: {path} is not YAML{where}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config: {path} holds {type(content).__name__}, not sections such as model and training")
+    for section, record in _RECORDS.items():
+        value = content.get(section, {})
+        if not isinstance(value, dict) and not (value is None and section in ("sparsity", "selector")):
+            keys = ", ".join(item.name for item in dataclasses.fields(record))
+            raise ConfigError(f"{section}: {value!r} is not a section with keys such as {keys}")
+    return content
+
+
+def explain(
+    error: str,
+    parser: ArgumentParser,
+    arguments: Iterable[str],
+    contents: Iterable[Mapping[str, Any]] = (),
+    sections: Sequence[str] = ("recipe", *_RECORDS),
+) -> str:
+    """One line for what a parser refused in a command line or in the contents of files.
+
+    Unknown keys are found here and not in the parser's text, since it does not say what is close to them.
+
+    Args:
+        sections: those parts of :class:`RunConfig` that the parser knows.
+    """
+    leaves = {key: hint for key, hint in _leaves(RunConfig).items() if key.split(".")[0] in sections}
+    extra = {action.dest for action in parser._actions}
+    given = [a[2:].split("=", 1)[0] for a in arguments if a.startswith("--")]
+    for content in contents:
+        given.extend(_keys(content))
+    unknown = [key for key in given if not _is_known(key, leaves, extra)]
+    if unknown:
+        ours = sorted(dest.replace("_", "-") for dest in extra if re.fullmatch(r"(?!help|print)\w+", dest))
+        options = [dest for dest in ours if dest not in sections]
+        return "; ".join(_unknown_key(key, leaves, options) for key in dict.fromkeys(unknown))
+    choice = re.search(r"argument --([\w.-]+): invalid choice: '?(.*?)'? \(choose from (.*)\)", error)
+    if choice is not None:
+        key = choice.group(1) if choice.group(1) in leaves else f"--{choice.group(1)}"
+        return f"{key}: {choice.group(2)!r} is not one of {choice.group(3).replace(chr(39), '')}"
+    keys = list(re.finditer(r'[Kk]ey "([^"]+)"', error))
+    key = ".".join(match.group(1) for match in keys)
+    value = re.search(r"(?:Given|Got) value: (.*)", error[keys[-1].end() :]) if keys else None
+    if key in leaves and value is not None:
+        return f"{key}: {value.group(1).strip()!r} is not {_in_words(leaves[key])}"
+    if value is not None and (simple := re.search(r"Expected a <class '(int|float|bool|str)'>", error)):
+        kind = {"int": int, "float": float, "bool": bool, "str": str}[simple.group(1)]
+        return f"--{key.replace('_', '-')}: {value.group(1).strip()!r} is not {_in_words(kind)}"
+    return " ".join(error.split())
+
+
+def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            yield from _keys(value, f"{key}.")
+        else:
+            yield key
+
+
+def _is_known(key: str, leaves: Mapping[str, Any], extra: set[str]) -> bool:
+    if key in leaves or key.replace("-", "_") in extra:
+        return True
+    return any(key.startswith(f"{leaf}.") and typing.get_origin(hint) is dict for leaf, hint in leaves.items())
+
+
+def _unknown_key(key: str, leaves: Mapping[str, Any], options: Sequence[str]) -> str:
+    section, _, last = key.rpartition(".")
+    if section in _RECORDS:
+        there = [leaf for leaf in leaves if leaf.startswith(f"{section}.")]
+        close = difflib.get_close_matches(key, there, n=1, cutoff=0.8)
+    else:
+        there = list(dict.fromkeys([*(leaf.split(".")[0] for leaf in leaves), *options]))
+        close = difflib.get_close_matches(section or key, there, n=1)
+    if not close:  # the right name in the wrong section, or without one
+        names = {leaf.rsplit(".", 1)[-1]: leaf for leaf in reversed(list(leaves))}
+        close = [names[name] for name in difflib.get_close_matches(last, names, n=1, cutoff=0.8)]
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
+    return f"{key}: unknown key; {hint}"
+
+
+def _in_words(hint: Any) -> str:
+    """A type hint as a user would say it."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_in_words(inner) for inner in typing.get_args(hint))
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, inner)) if len(inner) > 1 else str(inner[0])
+    if origin is tuple:
+        return f"a list such as [{'a, b' if str in inner else '0.5, 0.5'}]"
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "a text",
+        dict: "a mapping such as {depth: 6}",
+        types.NoneType: "null",
+    }
+    return words.get(origin or hint, str(hint))

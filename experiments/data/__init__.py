@@ -1,0 +1,1 @@
+"""Images: opened by name, held or streamed, augmented, in batches."""

@@ -1,0 +1,1 @@
+"""What a network achieves on images, and which patches it looks at."""

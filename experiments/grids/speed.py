@@ -1,0 +1,113 @@
+"""What the entries of a grid save in time: a training step and the classification of images, beside the baseline's.
+
+The runs themselves are no measure of speed, since several may share a machine; so a run of each entry is taken up
+again, and takes turns with the baseline in one process.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from experiments.benchmarks.timing import describe_machine, paired
+from experiments.config.reading import load_config
+from experiments.config.run_config import RunConfig, resolve
+from experiments.data.create_data import Data, create_data
+from experiments.evaluation.measuring import measure
+from experiments.evaluation.precision import precision_context
+from experiments.training.trainer import Trainer
+from models import create_model
+from sparse_trainer.files.checkpoint import load_sparse
+
+PAIRS = 9
+STEPS = 4
+"""Training steps, or batches, in one timing."""
+DECILES = (0.0, 0.1, 0.5, 0.9, 1.0)
+
+
+def measure_speed(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
+    """Time one run of each entry against the baseline's, pair by pair.
+
+    Args:
+        folders: of a finished run, by entry.
+
+    Returns:
+        JSON values: ``machine``, ``pairs``, the ``baseline`` in seconds, and by entry the median ratios of a training
+        step (below 1 is faster) and of the throughput (above 1 is faster), and how many patches images keep.
+
+    Raises:
+        ConfigError: the configuration of a run is not understood.
+    """
+    base = resolve(load_config(folders[baseline] / "config.yaml"))
+    device = torch.device(base.training.device)
+    # Entries share their images, whose decoding takes longer than what is timed.
+    open_data = cache(partial(create_data, device=base.training.device, seed=base.training.seed))
+    trainer, classify = _trainer(base, open_data(base.data)), _Classifier(folders[baseline], base, open_data(base.data))
+    entries: dict[str, Any] = {}
+    for entry, folder in folders.items():
+        if entry == baseline:
+            continue
+        config = resolve(load_config(folder / "config.yaml"))
+        data = open_data(config.data)
+        other = _trainer(config, data)
+        steps = paired(trainer.train_step, other.train_step, device=device, pairs=PAIRS, warmup=2, each=STEPS)
+        small = _Classifier(folder, config, data)
+        batches = paired(classify, small, device=device, pairs=PAIRS, warmup=2, each=STEPS)
+        entries[entry] = {
+            "step_seconds": steps.second,
+            "step_ratio": steps.ratio,
+            "throughput": classify.images / batches.second,
+            "throughput_ratio": 1 / batches.ratio,
+            "kept": small.kept(),
+        }
+        baseline_seconds = {"step_seconds": steps.first, "throughput": classify.images / batches.first}
+    return {
+        "machine": describe_machine(device),
+        "pairs": PAIRS,
+        "amp": base.training.amp,
+        "batch_size": classify.images,
+        "baseline": baseline_seconds,
+        "entries": entries,
+    }
+
+
+def _trainer(config: RunConfig, data: Data) -> Trainer:
+    """A run at its beginning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return Trainer(config, data)
+
+
+class _Classifier:
+    """Classifies the same batch of images again and again, as its run would at evaluation."""
+
+    def __init__(self, folder: Path, config: RunConfig, data: Data) -> None:
+        device = torch.device(config.training.device)
+        self.data = data
+        self.batch = next(iter(self.data.eval.batches()))[0].to(device)
+        self.images = len(self.batch)
+        self.model: nn.Module = load_sparse(folder / "sparse.safetensors", create_model=create_model, device=device)
+        self.model.eval()
+        self.autocast = precision_context(device, config.training.amp)
+
+    @torch.inference_mode()
+    def __call__(self) -> object:
+        with self.autocast():
+            return self.model(self.batch)
+
+    def kept(self) -> dict[str, Any] | None:
+        """Deciles of the patches that images keep after the last stage; None where all keep as many."""
+        found = measure(self.model, self.data.eval, self.autocast)
+        if found.kept is None:
+            return None
+        last = found.kept[:, -1].double()
+        patches = int(cast(Any, self.model).patch_embed.num_patches)
+        if bool((last == last[0]).all()):
+            return None
+        values = torch.quantile(last, torch.tensor(DECILES, dtype=torch.float64), interpolation="nearest").tolist()
+        return {"patches": patches, "deciles": values}

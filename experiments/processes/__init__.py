@@ -1,0 +1,1 @@
+"""Many processes that train together, and the signals that stop them."""

@@ -1,0 +1,1 @@
+"""The step of a training, the loop around it, and what both are made of."""

@@ -1,0 +1,104 @@
+"""What a run tells of itself while it goes on: numbers, pictures, and the mask timeline."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from experiments.config.reading import flatten
+from experiments.evaluation.measuring import Measured
+from experiments.evaluation.token_overlay import draw, examples
+from experiments.run_folder.folder import RunFolder
+from experiments.run_folder.metrics_writer import MetricsWriter
+from experiments.training.trainer import Trainer
+from sparse_trainer.mask_log import MaskLog
+from sparse_trainer.report import MaskUpdate
+
+EXAMPLES = 10
+"""Images in the picture of dropped patches."""
+
+
+class Journal:
+    """``metrics.jsonl``, ``tensorboard/`` and ``masks/`` of a run; of several processes the first one alone has it.
+
+    All records count the steps that were tried, so no two of them are of one step. Where a step was dropped, that is
+    more than the schedules count.
+
+    Args:
+        trainer: whose tensors are looked at.
+        folder: of the run.
+        first: of the steps that are recorded from now on. What is there of this and later steps is forgotten: they
+            are run again.
+        size, line: of ``metrics.jsonl``, as :attr:`MetricsWriter.size` and :attr:`MetricsWriter.line` were then.
+    """
+
+    def __init__(self, trainer: Trainer, folder: RunFolder, first: int, size: int, line: Mapping[str, float]) -> None:
+        self.trainer = trainer
+        purge_step = first if folder.tensorboard.exists() else None
+        self.writer = MetricsWriter(folder.tensorboard, folder.metrics, purge_step=purge_step, size=size, line=line)
+        self.mask_log = MaskLog(folder.path, self.writer)
+        self.mask_log.truncate_after(first - 1)
+        self._examples: Tensor | None = None  # the images of tokens/overlay
+
+    def begin(self) -> None:
+        """The state before the first step."""
+        trainer, sparsity = self.trainer, self.trainer.sparsity
+        if sparsity is not None:
+            self.mask_log.log_start(
+                sparsity.masks,
+                live_heads=sparsity.live_heads,
+                live_neurons=sparsity.live_neurons,
+                dense_heads=sparsity.dense_heads,
+            )
+        numbers = {
+            "budget/live_parameters": trainer.budget.live,
+            "budget/total_parameters": trainer.budget.total,
+            "budget/macs": trainer.count().live_macs,
+        }
+        self.writer.add_numbers(numbers, 0)
+        self.writer.end_line()
+
+    def add_update(self, update: MaskUpdate) -> None:
+        """What an update of the masks did, in this step."""
+        trainer, sparsity = self.trainer, self.trainer.sparsity
+        assert sparsity is not None
+        self.mask_log.log_update(
+            dataclasses.replace(update, step=trainer.tried),
+            sparsity.masks,
+            live_heads=sparsity.live_heads,
+            live_neurons=sparsity.live_neurons,
+        )
+        self.writer.add_scalar("budget/macs", trainer.count().live_macs, trainer.tried)
+
+    def add_evaluation(self, measured: Measured) -> None:
+        """What an evaluation found, after this step."""
+        trainer, tried = self.trainer, self.trainer.tried
+        self.writer.add_numbers({f"eval/{name}": value for name, value in measured.metrics.items()}, tried)
+        if measured.tokens is not None:
+            self._show_tokens(measured)
+        if trainer.sparsity is not None:
+            self.mask_log.log_weights(tried, trainer.model, trainer.masks)
+
+    def _show_tokens(self, measured: Measured) -> None:
+        """What was kept at an evaluation: how it differs between images, and where in the images it lies."""
+        trainer, step = self.trainer, self.trainer.tried
+        self.writer.add_scalar("budget/macs", trainer.count().live_macs, step)
+        if measured.kept is not None:
+            for stage, counts in zip(trainer.stages, measured.kept.unbind(dim=1), strict=True):
+                self.writer.add_histogram(f"tokens/kept_per_image/{stage}", counts.cpu(), step)
+        if self._examples is None:
+            self._examples = examples(*next(iter(trainer.data.eval.batches())), EXAMPLES)
+        data = trainer.data
+        picture, _ = draw(trainer.result_model, self._examples, data.mean, data.std, trainer.autocast)
+        self.writer.add_image("tokens/overlay", picture, step)
+
+    def end(self, final: Mapping[str, float]) -> None:
+        """The run is complete; ``final`` are the numbers of the last evaluation."""
+        metrics = {f"eval/{name}": value for name, value in final.items()}
+        metrics["budget/live_parameters"] = self.trainer.budget.live
+        metrics["budget/macs"] = self.trainer.count().live_macs
+        self.writer.add_settings(flatten(self.trainer.config), metrics)
+        self.writer.sync()
+        self.writer.close()

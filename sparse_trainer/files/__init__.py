@@ -1,0 +1,1 @@
+"""Files that one can trust: written whole, checked when read."""

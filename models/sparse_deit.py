@@ -22,17 +22,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.choosing import gather_tokens
 from models.packing import Layout, attend, class_attention_packed, pad, shrink, uniform_layout
-from models.token_selector import (
-    Selection,
-    SelectorConfig,
-    ThresholdSelector,
-    TopKSelector,
-    class_attention,
-    gather_tokens,
-    head_weighted_scores,
-    masked_attention_weights,
-)
+from models.scores import class_attention, head_weighted_scores, masked_attention_weights
+from models.selection import Selection
+from models.selector_config import SelectorConfig
+from models.threshold_selector import ThresholdSelector
+from models.top_k_selector import TopKSelector
 
 #: Names of this project: timm's name and the arguments that make it what it is.
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -16,7 +16,7 @@ import pytest
 from experiments.__main__ import commands, main
 from experiments.config.reading import load_config
 from experiments.run_folder.folder import RunFolder
-from models.token_selector import SelectorConfig
+from models.selector_config import SelectorConfig
 from sparse_trainer import SparsityConfig
 
 SMALL = [

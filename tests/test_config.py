@@ -147,7 +147,7 @@ def test_auto_precision_is_bfloat16_only_with_instructions_for_it(monkeypatch: p
         ),
         (
             ["--selector=null", "--selector.keep_ratio=2"],
-            "selector: keep_ratio is 2.0; give a number above 0 and at most 1",
+            "selector.keep_ratio: 2.0 is not a share in (0, 1]",
         ),
         (
             ["--output.name", "../elsewhere"],

@@ -10,7 +10,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "models": {"token_selector": 0, "packing": 0, "sparse_deit": 1},
+    "models": {
+        "choosing": 0,
+        "packing": 0,
+        "scores": 0,
+        "selection": 0,
+        "selector_config": 0,
+        "threshold_selector": 1,
+        "top_k_selector": 1,
+        "sparse_deit": 2,
+    },
     "sparse_trainer": {
         "masks": 0,
         "budget": 0,

@@ -16,9 +16,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import SelectorConfig, create_model, resolve, token_selector, tokens_per_block
+from models import SelectorConfig, create_model, resolve, threshold_selector, tokens_per_block, top_k_selector
+from models.choosing import gather_tokens, top_k_indices
 from models.sparse_deit import _SelectsTokens
-from models.token_selector import gather_tokens, top_k_indices
 
 TINY = {
     "img_size": 16,
@@ -313,7 +313,8 @@ def test_gradients_are_those_of_the_surrogate(selector: Any, monkeypatch: pytest
         logits, selection = model(x, return_selection=True)
         return F.cross_entropy(logits, targets) + 0.01 * tokens_per_block(selection, 4).sum()
 
-    monkeypatch.setattr(token_selector, "straight_through", record)
+    for module in (top_k_selector, threshold_selector):
+        monkeypatch.setattr(module, "straight_through", record)
     loss().backward()
 
     calls = iter(range(0))
@@ -323,9 +324,10 @@ def test_gradients_are_those_of_the_surrogate(selector: Any, monkeypatch: pytest
         return first_hard + (soft - first_soft)
 
     chosen = iter(range(0))
-    monkeypatch.setattr(token_selector, "straight_through", replay)
+    for module in (top_k_selector, threshold_selector):
+        monkeypatch.setattr(module, "straight_through", replay)
     monkeypatch.setattr(
-        token_selector, "top_k_indices", lambda scores, count: top_k_indices(frozen[next(chosen)][0], count)
+        top_k_selector, "top_k_indices", lambda scores, count: top_k_indices(frozen[next(chosen)][0], count)
     )
 
     @torch.no_grad()
@@ -534,7 +536,7 @@ def test_compiled_training_is_compiled_once(selector: Any) -> None:
         ),
         ({"name": "deit_tiny_patch16_224", "img_size": 40}, "(16, 16) does not divide img_size (40, 40)"),
         ({"name": "resnet18", "selector": {}}, "VisionTransformer"),
-        ({"name": "deit_quickstart", "selector": {"keep_ratio": 1.5}}, "keep_ratio is 1.5"),
+        ({"name": "deit_quickstart", "selector": {"keep_ratio": 1.5}}, "keep_ratio: 1.5 is not a share in (0, 1]"),
         ({"name": "deit_quickstart", "selector": {"stages": [6]}}, "stages is (6,), but the model has 6 blocks"),
         ({"name": "deit_quickstart", "selector": {"kind": "threshold"}}, "are (2, 4, 5) here"),
         ({"name": "deit_quickstart", "selector": {"stages": [0]}, "patch_drop_rate": 0.1}, "patch_drop_rate"),

@@ -20,7 +20,7 @@ from experiments.exports.writers import WRITERS, export_onnx
 from experiments.terminal import create_console, print_table, run_command
 from experiments.training.pretrained import find_checkpoint
 from models import create_model
-from models.token_selector import ThresholdSelector
+from models.threshold_selector import ThresholdSelector
 from sparse_trainer.files.checkpoint import SparseInfo
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -33,7 +33,7 @@ from experiments.config.run_config import (
 )
 from experiments.data.data_config import DataConfig
 from experiments.errors import ConfigError
-from models.token_selector import SelectorConfig
+from models.selector_config import SelectorConfig
 from sparse_trainer.sparsity_config import SparsityConfig
 
 DEFAULT_RECIPE = "quickstart"

@@ -16,7 +16,7 @@ import torch
 
 from experiments.data.data_config import DataConfig
 from experiments.errors import ConfigError
-from models.token_selector import SelectorConfig
+from models.selector_config import SelectorConfig
 from sparse_trainer.sparsity_config import SparsityConfig
 
 REFERENCE_BATCH = 512

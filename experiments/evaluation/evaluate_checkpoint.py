@@ -17,7 +17,8 @@ from experiments.errors import ConfigError
 from experiments.evaluation.measuring import Measured, count_used, measure
 from experiments.evaluation.precision import precision_context
 from models import create_model
-from models.token_selector import ThresholdSelector, TopKSelector
+from models.threshold_selector import ThresholdSelector
+from models.top_k_selector import TopKSelector
 from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, load_sparse, load_sparse_masks, read_info
 
 

@@ -14,7 +14,8 @@ from experiments.data.batches import EvalBatches
 from experiments.evaluation.precision import Autocast
 from experiments.processes.processes import ALONE, Processes
 from models import tokens_per_block
-from models.token_selector import TopKSelector, kept_count
+from models.choosing import kept_count
+from models.top_k_selector import TopKSelector
 from sparse_trainer.flops import Count, count
 from sparse_trainer.units import find_blocks
 

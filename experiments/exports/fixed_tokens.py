@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from models.choosing import gather_tokens, top_k_indices
 from models.sparse_deit import attend_scored, run_block
-from models.token_selector import ThresholdSelector, gather_tokens, top_k_indices
+from models.threshold_selector import ThresholdSelector
 
 
 class FixedTokens(nn.Module):

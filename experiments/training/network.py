@@ -19,7 +19,7 @@ from experiments.errors import ConfigError
 from experiments.training.plan import Plan
 from experiments.training.pretrained import load_start
 from models import create_model, resolve
-from models.token_selector import ThresholdSelector
+from models.threshold_selector import ThresholdSelector
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 """Optimizers of torch that step through all weights in one kernel, several times faster. On a CPU its other kernels

@@ -34,7 +34,8 @@ from experiments.training.objective import Objective, check_target
 from experiments.training.plan import create_plan
 from experiments.training.pretrained import create_teacher
 from experiments.training.running_means import Running
-from models.token_selector import ThresholdSelector, TopKSelector
+from models.threshold_selector import ThresholdSelector
+from models.top_k_selector import TopKSelector
 from sparse_trainer.agreement import DisagreementError
 from sparse_trainer.budget import Budget
 from sparse_trainer.flops import Count

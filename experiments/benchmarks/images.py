@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from experiments.errors import ConfigError
 from experiments.evaluation.evaluate_checkpoint import data_of, open_eval_data
-from experiments.inspection.pictures import MOST_IMAGES, read_images
+from experiments.inspection.pictures import MOST_IMAGES, image_files, read_images
 from sparse_trainer.files.checkpoint import SparseInfo
 
 
@@ -21,23 +20,6 @@ def spread_out(count: int, wanted: int) -> list[int]:
     if count < wanted:
         return [index % count for index in range(wanted)]
     return [index * count // wanted for index in range(wanted)]
-
-
-def image_files(paths: Sequence[str]) -> list[str]:
-    """The files, and the images in the folders, sorted.
-
-    Raises:
-        ConfigError: a folder holds no image.
-    """
-    known = Image.registered_extensions()
-    files: list[str] = []
-    for name in paths:
-        path = Path(name)
-        inside = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in known)
-        if path.is_dir() and not inside:
-            raise ConfigError(f"--images: {name} holds no images")
-        files += inside if path.is_dir() else [name]
-    return files
 
 
 def read_sample(paths: Sequence[str], checkpoint: Path, info: SparseInfo, count: int) -> Tensor:

@@ -111,6 +111,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
         ("accuracy", f"top-1 {found['top1']:.2f} %   top-5 {found['top5']:.2f} %"),
         ("loss", f"{found['loss']:.4f}"),
         ("images", f"{found['images']:,} of {data_config.dataset} ({data_config.eval_split})"),
+        ("classes", evaluation.summary[0]),
+        ("pictures", evaluation.summary[1]),
         ("model", info.model),
         ("live parameters", str(info.budget)),
         ("MACs per image", f"{macs / 1e6:,.1f} M live"),

@@ -276,6 +276,8 @@ def _introduce(trainer: Trainer, folder: RunFolder, console: Console) -> None:
         f"model     {config.model.name}, {count.parameters:,} parameters; {budget}",
         f"data      {config.data.dataset}: {data.train_size:,} images to train on, {data.eval_size:,} to evaluate, "
         f"{data.num_classes} classes, {data.image_size} x {data.image_size} x {data.in_chans}; {data.path}",
+        f"classes   {data.summary[0]}",
+        f"pictures  {data.summary[1]}",
         f"training  {trainer.plan.total_steps:,} steps ({trainer.plan.total_steps / trainer.plan.steps_per_epoch:g} "
         f"epochs) of {config.step_images} images, {config.training.amp} on {trainer.device}",
         *([f"start     {config.model.start}"] if config.model.start is not None else []),

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from experiments.data.augmentation import Augmentation, Draw, augment, draw, draw_noise, normalize
-from experiments.data.sources import ImageSource, StreamSource, UnreadableImage
+from experiments.data.picture import UnreadableImage, to_mode
+from experiments.data.sources import ImageSource, StreamSource
 from experiments.processes.signals import leave_signals_to_parent
 
 _logger = logging.getLogger(__name__)
@@ -215,12 +216,13 @@ class Pictures(Dataset[Sample]):
 class Stream(IterableDataset[Sample]):
     """Transformed images of a stream, with a seed for each: pure in (seed, worker, position)."""
 
-    def __init__(self, stream: Any, transform: Callable[[Any], Any], seed: int) -> None:
-        self.stream, self.transform, self.seed = stream, transform, seed
+    def __init__(self, stream: Any, source: StreamSource, transform: Callable[[Any], Any], seed: int) -> None:
+        self.stream, self.source, self.transform, self.seed = stream, source, transform, seed
 
     def __iter__(self) -> Iterator[Sample]:
         worker = torch.utils.data.get_worker_info()
-        for position, (image, target) in enumerate(self.stream):
+        for position, (picture, target) in enumerate(self.stream):
+            image = to_mode(picture, self.source.mode, self.source.config.white_level)
             with seeded(derive_seed(self.seed, worker.id if worker else 0, position)):
                 sample = Sample(torch.as_tensor(self.transform(image)), int(target))
             yield sample
@@ -370,7 +372,7 @@ class StreamTrain:
         stream.set_loader_cfg(num_workers=self.workers)
         stream.set_epoch(epoch)
         loader = _loader(
-            Stream(stream, self.transform, seed),
+            Stream(stream, self.source, self.transform, seed),
             self.workers,
             place.device,
             seed,
@@ -411,7 +413,7 @@ class StreamEval:
         stream = self.source.open(self.batch_size, self.finish.seed)
         stream.reader.dist_rank, stream.reader.dist_num_replicas = 0, 1
         stream.set_loader_cfg(num_workers=self.workers)
-        samples = Stream(stream, self.transform, 0)
+        samples = Stream(stream, self.source, self.transform, 0)
         for images, targets, _ in _loader(samples, self.workers, place.device, 0, batch_size=self.batch_size):
             targets = _checked_targets(targets, len(self.source.class_names))
             images = images.to(place.device, non_blocking=True)

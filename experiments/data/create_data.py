@@ -6,22 +6,19 @@ A training loop needs two lines of it::
     for images, targets in data.train.batches(epoch=0):
         ...
 
-Names are opened in ``data_sources.py``, batches are made in ``data_batches.py``, pictures in ``augment.py``.
+Names are opened in ``sources.py``, files are read in ``picture.py``, batches are made in ``batches.py``.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, distributed
-from torchvision import transforms
 
 from experiments.data.batches import (
     Batch,
@@ -38,99 +35,71 @@ from experiments.data.batches import (
     TrainBatches,
 )
 from experiments.data.data_config import EMBEDDED, DataConfig
-from experiments.data.sources import ImageSource, StreamSource, UnreadableImage, open_sources
+from experiments.data.picture import UnreadableImage
+from experiments.data.sources import ImageSource, StreamSource, open_eval_source, open_sources
+from experiments.data.survey import describe, refuse_class, survey
+from experiments.data.transforms import eval_transform, train_transform
 
-__all__ = ["EMBEDDED", "Batch", "Data", "DataConfig", "create_data"]
+__all__ = ["EMBEDDED", "Batch", "Data", "DataConfig", "EvalData", "create_data", "create_eval_data"]
 
 _logger = logging.getLogger(__name__)
 
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a training loop needs of its images."""
+CONSTANT_LOOKED_AT = 128
+"""Of the images that are not held in memory, so many are decoded at the start."""
 
-    train: TrainBatches
+
+@dataclass(frozen=True)
+class EvalData:
+    """What an evaluation needs of its images."""
+
     eval: EvalBatches
     class_names: tuple[str, ...]
     image_size: int  #: pixels
     in_chans: int
     mean: tuple[float, ...]  #: per channel, of values in 0 .. 1
     std: tuple[float, ...]
-    train_size: int  #: images
-    eval_size: int
+    eval_size: int  #: images
     path: str  #: "in memory on cpu", "timm loader, 2 workers"
     corrupt_files: dict[str, str]  #: reason by name of each image that this process could not read; grows
+    summary: tuple[str, str]  #: what was read, in two lines: classes with their images, and what the files are like
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class Data(EvalData):
+    """What a training loop needs of its images."""
+
+    train: TrainBatches
+    train_size: int  #: images
 
     def steps_per_epoch(self) -> int:
         """Batches of an epoch; the incomplete last one is dropped."""
         return self.train.steps_per_epoch
 
 
-def _peek(source: ImageSource, count: int = 16) -> tuple[int | None, tuple[int, int], int]:
-    """The side that some images share (None if they differ or are not square), the first size, and the channels."""
-    images = []
-    for index in torch.linspace(0, len(source) - 1, min(count, len(source))).long().tolist():
-        try:
-            images.append(source.load(index))
-        except UnreadableImage:
-            continue
-    if not images:
-        raise ValueError(f"none of {count} images could be read, the first is {source.name(0)}")
-    sizes = {image.size for image in images}
-    first = images[0].size
-    greyscale = all(image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;") for image in images)
-    return first[0] if sizes == {(first[0], first[0])} else None, first, 1 if greyscale else 3
+@dataclass(frozen=True)
+class _Decoded:
+    """Images that could be read."""
+
+    images: Tensor  #: uint8 [N, C, S, S]
+    targets: Tensor  #: int64 [N]
+    constant: tuple[str, ...]  #: names of those of one colour
 
 
-def _eval_transform(config: DataConfig, size: int) -> transforms.Compose:
-    """PIL image to uint8 [C, size, size]: resized to size / crop_pct, centre."""
-    return create_transform(size, interpolation=config.interpolation, crop_pct=config.crop_pct, use_prefetcher=True)
-
-
-def _train_transform(config: DataConfig, size: int, mean: tuple[float, ...]) -> Callable[[Any], Any]:
-    """PIL image to uint8 [C, size, size]: what must be done to single images of full resolution.
-
-    That is the resized crop and the policy. All the rest happens to whole batches, as it does in memory.
-    """
-    try:
-        crop, policy, last = create_transform(
-            size,
-            is_training=True,
-            separate=True,
-            scale=(config.crop_scale, 1.0),
-            hflip=0.0,
-            color_jitter=None,  # type: ignore[arg-type]  # timm's own check is "is not None"
-            auto_augment=config.auto_augment,
-            interpolation=config.interpolation,
-            mean=mean,
-            use_prefetcher=True,
-        )
-    # timm asserts on the text of a policy, and fails in many ways on its parts.
-    except Exception as error:
-        raise ValueError(
-            f"data.auto_augment is {config.auto_augment!r} ({error or type(error).__name__}); "
-            "it must be one of timm's policies, as 'rand-m9-mstd0.5-inc1', 'augmix-m3-w3' or 'original'"
-        ) from error
-    resize = crop if config.crop_scale < 1 else transforms.Compose(_eval_transform(config, size).transforms[:2])
-    return transforms.Compose([*resize.transforms, *policy.transforms, *last.transforms])
-
-
-def _decode(
-    config: DataConfig, source: ImageSource, shape: tuple[int, int, int], report: Report
-) -> tuple[Tensor, Tensor]:
-    """All readable images as uint8 [N, C, S, S], and their classes, int64 [N]; ``shape`` is (C, S, S).
+def _decode(config: DataConfig, source: ImageSource, shape: tuple[int, int, int], report: Report) -> _Decoded:
+    """All readable images in the ``shape`` (C, S, S).
 
     What one process cannot read, all leave out: they share out one order of the same images.
     """
     if config.crop_pct == 1 and (plain := source.pixels(shape)) is not None:
-        return plain, source.targets
-    transform = _eval_transform(config, shape[-1])
+        return _Decoded(plain, source.targets, _constant(plain, source))
+    transform = eval_transform(config, shape[-1])
     images = torch.empty((len(source), *shape), dtype=torch.uint8)
 
     def one(index: int) -> UnreadableImage | None:
@@ -151,11 +120,17 @@ def _decode(
         distributed.all_reduce(good, op=distributed.ReduceOp.MIN)
     unreadable = [failure for failure, known in zip(failures, told, strict=True) if failure is not None and not known]
     report([(failure.name, failure.reason) for failure in unreadable])
-    if good.all():
-        return images, source.targets
     if not good.any():
         raise ValueError(f"none of {len(source)} images can be read, the first is {failures[0] or source.name(0)}")
-    return images[good.bool()], source.targets[good.bool()]
+    if not good.all():
+        images, source = images[good.bool()], source.select(good.nonzero().squeeze(1))
+    return _Decoded(images, source.targets, _constant(images, source))
+
+
+def _constant(images: Tensor, source: ImageSource) -> tuple[str, ...]:
+    """Names of the images [N, C, S, S] in which all pixels are alike."""
+    alike = (images == images[:, :, :1, :1]).flatten(1).all(dim=1)
+    return tuple(source.name(index) for index in alike.nonzero().flatten().tolist())
 
 
 def mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -243,14 +218,16 @@ def create_data(
     if isinstance(train, StreamSource) or isinstance(evaluation, StreamSource):
         return _create_streamed(config, train, evaluation, place, seed)
 
-    native, first, own_channels = _peek(train)
-    size = config.image_size or native
+    train, evaluation = _with_level(train, config), _with_level(evaluation, config)
+    seen = survey(train, training=True, all_modes=config.in_chans is None)
+    size = config.image_size or seen.side
     if size is None:
+        width, height = seen.first_size
         raise ValueError(
             f"data.image_size is null, but the images in data.root {config.root!r} are not of one square size (the "
-            f"first is {first[0]} x {first[1]}); set data.image_size, as 224"
+            f"first is {width} x {height}); set data.image_size, as 224"
         )
-    channels = config.in_chans or own_channels
+    channels = config.in_chans or seen.channels
     mode = "L" if channels == 1 else "RGB"
     train, evaluation = replace(train, mode=mode), replace(evaluation, mode=mode)
     _check_batches(config, len(train), world_size)
@@ -258,36 +235,33 @@ def create_data(
     corrupt_files: dict[str, str] = {}
     report = Report(corrupt_files)
     train_batches: TrainBatches
-    eval_batches: EvalBatches
-    train_size, eval_size = len(train), len(evaluation)
-    if _fits(config, size, native, channels, train_size + eval_size):
-        shape = (channels, size, size)
-        images, targets = _decode(config, train, shape, report)
-        eval_images, eval_targets = _decode(config, evaluation, shape, report)
-        train_size, eval_size = len(images), len(eval_images)
+    train_size = len(train)
+    holds = _fits(config, size, seen.side, channels, len(train) + len(evaluation))
+    if holds:
+        decoded = _decode(config, train, (channels, size, size), report)
+        train_size = len(decoded.images)
+        _check_classes(train, decoded.targets, corrupt_files)
         _check_batches(config, train_size, world_size)
-        mean, std = _statistics(config, channels, images)
+        mean, std = _statistics(config, channels, decoded.images)
         finish = Finish(config.augmentation, torch.tensor(mean), torch.tensor(std), config.batch_size, place, seed)
-        images, targets = images.to(place.device), targets.to(place.device)
+        images, targets = decoded.images.to(place.device), decoded.targets.to(place.device)
         train_batches = MemoryTrain(images, targets, finish, config.repeated_augmentation)
-        eval_images, eval_targets = eval_images.to(place.device), eval_targets.to(place.device)
-        eval_batches = MemoryEval(eval_images, eval_targets, finish, config.eval_batch_size)
-        path = f"in memory on {place.device}"
     else:
         mean, std = _statistics(config, channels, None)
         finish = _finish_of_loader(config, mean, std, place, seed)
+        decoded = _decode(config, _some_of(train), (channels, size, size), report)
+        seen.constant_of = len(decoded.images)
         train_batches = LoaderTrain(
             train,
-            _train_transform(config, size, mean),
+            train_transform(config, size, mean),
             finish,
             config.repeated_augmentation,
             config.workers,
             report,
         )
-        eval_batches = LoaderEval(
-            evaluation, _eval_transform(config, size), finish, config.eval_batch_size, config.workers, report
-        )
-        path = f"timm loader, {config.workers} workers"
+    eval_batches, eval_size = _eval_batches(config, evaluation, size, channels, finish, report, holds)
+    seen.constant = decoded.constant
+    seen.unreadable |= corrupt_files
     return Data(
         train=train_batches,
         eval=eval_batches,
@@ -298,9 +272,87 @@ def create_data(
         std=std,
         train_size=train_size,
         eval_size=eval_size,
-        path=path,
+        path=f"in memory on {place.device}" if holds else f"timm loader, {config.workers} workers",
         corrupt_files=corrupt_files,
+        summary=describe(config, train, evaluation, seen, channels),
     )
+
+
+def create_eval_data(
+    config: DataConfig, *, class_names: tuple[str, ...] | None, image_size: int, in_chans: int, device: str
+) -> EvalData:
+    """The images to evaluate a trained network on; those that it was trained on need not be there.
+
+    Args:
+        config: ``mean`` and ``std`` are given.
+        class_names: those that the network knows; there need not be images of all. None for those of the data.
+
+    Raises:
+        ValueError: as :func:`create_data`.
+    """
+    assert config.mean is not None
+    assert config.std is not None
+    evaluation = open_eval_source(config, class_names)
+    if isinstance(evaluation, StreamSource):
+        return _eval_streamed(config, evaluation, Place(torch.device(device)))
+    evaluation = replace(_with_level(evaluation, config), mode="L" if in_chans == 1 else "RGB")
+    mean, std = _statistics(config, in_chans, None)
+    corrupt_files: dict[str, str] = {}
+    report = Report(corrupt_files)
+    finish = _finish_of_loader(config, mean, std, Place(torch.device(device)), 0)
+    holds = _fits(config, image_size, None, in_chans, len(evaluation))
+    batches, count = _eval_batches(config, evaluation, image_size, in_chans, finish, report, holds)
+    seen = survey(evaluation)
+    seen.unreadable |= corrupt_files
+    return EvalData(
+        eval=batches,
+        class_names=evaluation.class_names,
+        image_size=image_size,
+        in_chans=in_chans,
+        mean=mean,
+        std=std,
+        eval_size=count,
+        path=f"in memory on {device}" if holds else f"timm loader, {config.workers} workers",
+        corrupt_files=corrupt_files,
+        summary=describe(config, None, evaluation, seen, in_chans),
+    )
+
+
+def _with_level(source: ImageSource, config: DataConfig) -> ImageSource:
+    return replace(source, white_level=config.white_level)
+
+
+def _some_of(source: ImageSource) -> ImageSource:
+    """A few images from all over it."""
+    chosen = torch.linspace(0, len(source) - 1, min(CONSTANT_LOOKED_AT, len(source))).long()
+    return source.select(chosen)
+
+
+def _check_classes(source: ImageSource, targets: Tensor, corrupt: dict[str, str]) -> None:
+    """Refuse to train a class of which no image could be read."""
+    count = targets.bincount(minlength=len(source.class_names))
+    for label in source.targets.unique().tolist():
+        if not count[label]:
+            refuse_class(source, label, corrupt)
+
+
+def _eval_batches(
+    config: DataConfig,
+    source: ImageSource,
+    size: int,
+    channels: int,
+    finish: Finish,
+    report: Report,
+    holds: bool,
+) -> tuple[EvalBatches, int]:
+    """The batches, and how many images they hold."""
+    if not holds:
+        transform = eval_transform(config, size)
+        return LoaderEval(source, transform, finish, config.eval_batch_size, config.workers, report), len(source)
+    decoded = _decode(config, source, (channels, size, size), report)
+    device = finish.place.device
+    images, targets = decoded.images.to(device), decoded.targets.to(device)
+    return MemoryEval(images, targets, finish, config.eval_batch_size), len(images)
 
 
 def _finish_of_loader(
@@ -348,22 +400,27 @@ def _create_streamed(
             config.workers,
         )
     _check_batches(config, train.size, place.world_size)
+    held_out = _eval_streamed(config, evaluation, place, seed)
+    finish = _finish_of_loader(config, held_out.mean, held_out.std, place, seed)
+    transform = train_transform(config, held_out.image_size, held_out.mean)
+    return Data(**vars(held_out), train=StreamTrain(train, transform, finish, config.workers), train_size=train.size)
+
+
+def _eval_streamed(config: DataConfig, evaluation: StreamSource, place: Place, seed: int = 0) -> EvalData:
     assert config.image_size is not None
     channels = config.in_chans or 3
     mean, std = _statistics(config, channels, None)
     finish = _finish_of_loader(config, mean, std, place, seed)
-    train_transform = _train_transform(config, config.image_size, mean)
-    eval_transform = _eval_transform(config, config.image_size)
-    return Data(
-        train=StreamTrain(train, train_transform, finish, config.workers),
-        eval=StreamEval(evaluation, eval_transform, finish, config.eval_batch_size, config.workers),
-        class_names=train.class_names,
+    transform = eval_transform(config, config.image_size)
+    return EvalData(
+        eval=StreamEval(evaluation, transform, finish, config.eval_batch_size, config.workers),
+        class_names=evaluation.class_names,
         image_size=config.image_size,
         in_chans=channels,
         mean=mean,
         std=std,
-        train_size=train.size,
         eval_size=evaluation.size,
         path=f"timm loader, streamed, {config.workers} workers",
         corrupt_files={},
+        summary=(f"{len(evaluation.class_names):,} classes", "a stream, which is not looked through"),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,7 @@ class DataConfig:
     """
 
     dataset: str = EMBEDDED
-    """"fashion-mnist-10k" comes with the project. "folder": an image folder or tar files under ``root``, one folder
+    """"fashion-mnist-10k" comes with the project. "folder": an image folder or tar files under ``root``, one top folder
     or tar a class. "torch/cifar10": a torchvision data set by its name. "hfds/...", "hfids/...", "tfds/...",
     "wds/...": Hugging Face, TensorFlow and WebDataset names as timm understands them."""
     root: str | None = None
@@ -69,6 +70,11 @@ class DataConfig:
     interpolation: Literal["bilinear", "bicubic", "nearest", "lanczos"] = "bicubic"
     crop_pct: float = 1.0
     """Evaluation resizes to image_size / crop_pct and takes the centre."""
+    fit: Literal["crop", "pad", "squash"] = "crop"
+    """What is not square loses its ends, gets black borders, or is squashed; a random resized crop takes its place."""
+    white_level: float | None = None
+    """Value that is white in pictures of more than 8 bits, as 4095 where a camera has 12; null: 65535 of 16 bits, and
+    of 32 the least of 1 (for fractions), 255 and 65535 that holds the picture, else its own range."""
 
     crop_padding: int = 0
     """Random crop after a border of so many black pixels. A threshold selector may drop those first;
@@ -97,6 +103,8 @@ class DataConfig:
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.root is not None:
+            object.__setattr__(self, "root", os.path.expanduser(self.root))
         problems = self._problems()
         if problems:
             raise ValueError("\n".join(problems))
@@ -116,6 +124,11 @@ class DataConfig:
     def streams(self) -> bool:
         """Whether the images come in a row only, and cannot be cut to a subset."""
         return "/" in self.dataset and self.dataset.split("/")[0].lower() in STREAMED_PREFIXES
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it is an image folder or tar files."""
+        return self.dataset in FOLDER_NAMES or self.dataset.lower() in ("torch/folder", "torch/image_folder")
 
     @property
     def mixes(self) -> bool:
@@ -148,6 +161,8 @@ class DataConfig:
         check("erasing_mode", self.erasing_mode in ("const", "pixel"), "const or pixel")
         interpolations = ("bilinear", "bicubic", "nearest", "lanczos")
         check("interpolation", self.interpolation in interpolations, ", ".join(interpolations))
+        check("fit", self.fit in ("crop", "pad", "squash"), "crop, pad or squash")
+        check("white_level", self.white_level is None or 0 < self.white_level < math.inf, "a positive number or null")
         counts = (1, 3) if self.in_chans is None else (self.in_chans,)
         check("mean", self.mean is None or len(self.mean) in counts, "null, or one number per channel")
         good_std = self.std is None or (len(self.std) in counts and min(self.std) > 0)

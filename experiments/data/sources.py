@@ -15,11 +15,11 @@ import numpy as np
 import timm.data
 import torch
 from PIL import Image
-from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor
 
-from experiments.data.data_config import EMBEDDED, FOLDER_NAMES, DataConfig
+from experiments.data.data_config import EMBEDDED, DataConfig
+from experiments.data.folders import Listing, list_pictures
+from experiments.data.picture import UnreadableImage, read_picture, to_mode
 
 EMBEDDED_FOLDER = Path(__file__).parent / "fashion_mnist"
 TRAIN_NAMES = ("train", "training")
@@ -29,19 +29,12 @@ TWO_SPLITS = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist
 TORCH_NAMES = (*TWO_SPLITS, "inaturalist", "places365", "imagenet", "image_folder")
 
 
-class UnreadableImage(Exception):
-    """An image that cannot be opened or decoded; ``name`` is its file."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name}: {reason}")
-        self.name, self.reason = name, reason
-
-
 @dataclass(frozen=True)
 class ImageSource:
     """Images by number.
 
-    ``dataset`` is a timm reader, a torchvision data set, or a uint8 array [N, S, S] of greyscale images.
+    ``dataset`` is a :class:`Listing`, a timm reader, a torchvision data set, or a uint8 array [N, S, S] of greyscale
+    images.
     ``numbers`` [M] are the images of ``dataset`` that take part, ``targets`` int64 [M] their classes.
     """
 
@@ -49,7 +42,8 @@ class ImageSource:
     targets: Tensor
     class_names: tuple[str, ...]
     numbers: Tensor
-    mode: str = ""  #: "L" or "RGB"; "" leaves the image as it is
+    mode: str = ""  #: "L" or "RGB"; "" is either, as the image is
+    white_level: float | None = None  #: :attr:`DataConfig.white_level`
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -60,20 +54,43 @@ class ImageSource:
         Raises:
             UnreadableImage: with the name of the file.
         """
+        name, number = self.name(index), int(self.numbers[index])
+        if isinstance(self.dataset, Listing):
+            listing = self.dataset
+            try:
+                file = io.BytesIO(listing.read(number)) if listing.in_tars else listing.samples[number]
+            except OSError as error:
+                raise UnreadableImage(name, str(error)) from error
+            return read_picture(file, name, self.mode, self.white_level)
+        try:
+            with _opened(self.dataset, number) as image:
+                return to_mode(image, self.mode, self.white_level)
+        except Exception as error:  # of whatever library reads it
+            raise UnreadableImage(name, str(error) or type(error).__name__) from error
+
+    def look(self, index: int) -> tuple[str, tuple[int, int]]:
+        """Mode and size (width, height) as the file has them; of files nothing is decoded.
+
+        Raises:
+            UnreadableImage: with the name of the file.
+        """
         number = int(self.numbers[index])
         try:
             with _opened(self.dataset, number) as image:
-                return image.convert(self.mode or image.mode)
-        # Decoders raise nearly anything on a damaged file: OSError, SyntaxError, struct.error, MemoryError ...
+                return image.mode, image.size
         except Exception as error:
             raise UnreadableImage(self.name(index), str(error) or type(error).__name__) from error
+
+    def raw(self, index: int) -> np.ndarray:
+        """The values in the file, [H, W] or [H, W, C]."""
+        with _opened(self.dataset, int(self.numbers[index])) as image:
+            return np.asarray(image)
 
     def name(self, index: int) -> str:
         """The file of an image, or its number where the data set has no files."""
         number = int(self.numbers[index])
-        if isinstance(self.dataset, ReaderImageInTar):
-            member, shard, _ = self.dataset.samples[number]
-            return f"{os.path.join(self.dataset.root, shard) if shard else self.dataset.root}/{member.name}"
+        if isinstance(self.dataset, Listing):
+            return self.dataset.name(number)
         if _is_reader(self.dataset):
             return str(self.dataset.filename(number, absolute=True) or f"image {number}")
         if hasattr(self.dataset, "samples"):
@@ -103,16 +120,21 @@ class StreamSource:
     size: int  #: images, as the data set says
     shards: int | None = None  #: files that are shared out whole over processes and workers (WebDataset)
 
+    @property
+    def mode(self) -> str:
+        """That of the images, "L" or "RGB"."""
+        return "L" if self.config.in_chans == 1 else "RGB"
+
     def open(self, batch_size: int, seed: int) -> timm.data.IterableImageDataset:
-        """timm's stream. ``batch_size`` and ``seed`` decide how it is cut and shuffled."""
-        mode = {1: "L", 3: "RGB"}[self.config.in_chans or 3]
+        """timm's stream, of images as in their files. ``batch_size`` and ``seed`` decide how it is cut and shuffled."""
         return _create(
             self.config,
             self.split,
             is_training=self.training,
             batch_size=batch_size,
             seed=seed,
-            input_img_mode=mode,
+            # TensorFlow's own decoder must know the channels.
+            input_img_mode=self.mode if self.config.dataset.lower().startswith("tfds/") else "",
         )
 
 
@@ -126,8 +148,9 @@ def _opened(dataset: Any, number: int) -> Iterator[Image.Image]:
     """The image with its file, both closed at the end."""
     if isinstance(dataset, np.ndarray):
         yield Image.fromarray(dataset[number])
-    elif isinstance(dataset, ReaderImageInTar):
-        with Image.open(io.BytesIO(_read_tar_member(dataset, number))) as image:
+    elif isinstance(dataset, Listing):
+        file = io.BytesIO(dataset.read(number)) if dataset.in_tars else dataset.samples[number]
+        with Image.open(file) as image:
             yield image
     elif _is_reader(dataset):
         file = dataset[number][0]
@@ -135,21 +158,6 @@ def _opened(dataset: Any, number: int) -> Iterator[Image.Image]:
             yield image
     else:
         yield dataset[number][0]
-
-
-def _read_tar_member(reader: ReaderImageInTar, number: int) -> bytes:
-    """The bytes of a file in a tar, or in a tar within a tar.
-
-    Read at its offset through a file of its own: the reader's shared handles must not cross into worker
-    processes, where several would move one position.
-    """
-    member, shard, inner = reader.samples[number]
-    with open(os.path.join(reader.root, shard) if shard else reader.root, "rb") as file:
-        file.seek(member.offset_data + (inner.offset_data if inner else 0))
-        content = file.read(member.size)
-    if len(content) != member.size:
-        raise OSError(f"the tar ends after {len(content)} of {member.size} bytes")
-    return content
 
 
 def _embedded(split: str) -> ImageSource:
@@ -198,13 +206,20 @@ def _create(config: DataConfig, split: str, **options: Any) -> Any:
         ) from error
 
 
-def _split_path(root: Path, key: str, split: str) -> Path:
+def _find_split(root: Path, split: str) -> Path | None:
     """``root/<split>`` or ``root/<split>.tar``. Synonyms stand in for each other, and test for validation."""
     group = next((names for names in (TRAIN_NAMES, EVAL_NAMES) if split in names and split != "test"), ())
     for name in (split, *group):
         for path in (root / name, root / f"{name}.tar"):
             if path.is_dir() or (path.is_file() and path.suffix == ".tar"):
                 return path
+    return None
+
+
+def _split_path(root: Path, key: str, split: str) -> Path:
+    path = _find_split(root, split)
+    if path is not None:
+        return path
     there = sorted(path.name for path in root.iterdir() if path.is_dir() or path.suffix == ".tar")
     raise ValueError(
         f"data.{key} is {split!r}, but data.root {str(root)!r} has neither a folder nor a tar of that name"
@@ -212,31 +227,18 @@ def _split_path(root: Path, key: str, split: str) -> Path:
     )
 
 
-def _folder(config: DataConfig, key: str, split: str) -> ImageSource:
+def _folder(config: DataConfig, key: str, split: str, known: Sequence[str] | None) -> ImageSource:
+    """Args: ``known`` has classes that may lie in ``data.root`` itself, which then is the split."""
     assert config.root is not None
-    root = Path(config.root).expanduser()
+    root = Path(config.root)
     if not root.is_dir():
         raise ValueError(f"data.root {config.root!r} is not a folder; it must hold {split!r} with a folder a class")
-    path = _split_path(root, key, split)
     try:
-        if path.is_file() or (next(path.glob("*.tar"), None) and not any(p.is_dir() for p in path.iterdir())):
-            reader = ReaderImageInTar(str(path))
-            class_to_index = reader.class_name_to_idx
-            targets = torch.as_tensor(reader.targets)
-        else:
-            reader = timm.data.create_dataset("", root=str(path), search_split=False).reader
-            assert isinstance(reader, ReaderImageFolder)
-            class_to_index = reader.class_to_idx
-            targets = torch.tensor([target for _, target in reader.samples])
-    # An empty folder or tar is a RuntimeError in timm's one reader and a ValueError in the other.
-    except (RuntimeError, ValueError, OSError) as error:
-        raise ValueError(f"data.{key}: no images in {str(path)!r}: {error}") from error
-    names = tuple(sorted(class_to_index, key=class_to_index.__getitem__))
-    if len(names) < 2:
-        raise ValueError(
-            f"data.{key}: {str(path)!r} has images of {len(names)} class; it must have a folder a class, two at least"
-        )
-    return ImageSource(reader, targets, names, torch.arange(len(targets)))
+        is_split = any(name and "/" not in name and (root / name).is_dir() for name in known or ())
+        listing = list_pictures(root if is_split and not _find_split(root, split) else _split_path(root, key, split))
+    except ValueError as error:
+        raise ValueError(f"data.{key}: {error}") from error
+    return ImageSource(listing, listing.targets, listing.class_names, torch.arange(len(listing.targets)))
 
 
 def _torch(config: DataConfig, key: str, split: str) -> ImageSource:
@@ -249,8 +251,6 @@ def _torch(config: DataConfig, key: str, split: str) -> ImageSource:
         )
     if name in TWO_SPLITS and split not in (*TRAIN_NAMES, *EVAL_NAMES):
         raise ValueError(f"data.{key} is {split!r}; {config.dataset!r} has train and test")
-    if name in ("image_folder", "folder"):
-        return _folder(replace(config, dataset="folder"), key, split)
     dataset = _create(config, split)
     labels = next((getattr(dataset, n) for n in ("targets", "labels", "_labels") if hasattr(dataset, n)), None)
     if labels is None:
@@ -292,12 +292,14 @@ def _library(config: DataConfig, key: str, split: str, training: bool) -> ImageS
     return ImageSource(reader, targets, names, torch.arange(len(targets)))
 
 
-def _open(config: DataConfig, key: str, training: bool) -> ImageSource | StreamSource:
+def _open(
+    config: DataConfig, key: str, training: bool, known: Sequence[str] | None = None
+) -> ImageSource | StreamSource:
     split = getattr(config, key)
     if config.dataset == EMBEDDED:
         return _embedded("train" if training else "test")
-    if config.dataset in FOLDER_NAMES:
-        return _folder(config, key, split)
+    if config.is_folder:
+        return _folder(config, key, split, known)
     if config.dataset.lower().startswith("torch/"):
         return _torch(config, key, split)
     return _library(config, key, split, training)
@@ -328,27 +330,38 @@ def _subset(source: ImageSource | StreamSource, key: str, count: int | None, see
         return source
     if isinstance(source, StreamSource):
         raise ValueError(f"data.{key} is {count}; a streamed data set cannot be cut; set it to null")
+    targets, num_classes = source.targets, len(source.class_names)
+    if key == "eval_subset":  # which need not have images of every class
+        there, targets = targets.unique(return_inverse=True)
+        num_classes = len(there)
     try:
-        return source.select(class_balanced(source.targets, count, len(source.class_names), seed))
+        return source.select(class_balanced(targets, count, num_classes, seed))
     except ValueError as error:
         raise ValueError(f"data.{key} is {count}, but {error}") from error
 
 
-def _compare_classes(train: Sequence[str], evaluation: Sequence[str]) -> None:
-    if tuple(train) == tuple(evaluation):
-        return
-    only_train = [name for name in train if name not in evaluation]
-    only_eval = [name for name in evaluation if name not in train]
-    parts = [
-        f"only in {key}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-        for key, names in (("train", only_train), ("evaluation", only_eval))
-        if names
-    ]
-    raise ValueError(
-        "data.train_split and data.eval_split have different classes "
-        f"({len(train)} and {len(evaluation)}; {'; '.join(parts) or 'in another order'}); "
-        "both must have the same folders"
-    )
+def with_classes(source: ImageSource, class_names: Sequence[str], key: str) -> ImageSource:
+    """The same images with the numbers that classes have in ``class_names``; some of these may have no image.
+
+    Raises:
+        ValueError: there is a class of another name.
+    """
+    names = tuple(class_names)
+    if source.class_names == names:  # which may hold a name twice, as ImageNet's do
+        return source
+    odd = [name for name in source.class_names if name not in names]
+    missing = [name for name in names if name not in source.class_names]
+    if odd:
+        raise ValueError(
+            f"data.{key} has different classes: {_some(odd)} {'is' if len(odd) == 1 else 'are'} not among "
+            f"the {len(names)} known ones" + (f", of which it lacks {_some(missing)}" if missing else "")
+        )
+    numbers = torch.tensor([names.index(name) for name in source.class_names])
+    return replace(source, targets=numbers[source.targets], class_names=names)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def _check_apart(train: str, evaluation: str) -> None:
@@ -365,20 +378,52 @@ def open_sources(config: DataConfig) -> tuple[ImageSource | StreamSource, ImageS
 
     Raises:
         ValueError: missing or empty folders, unknown names, a needed download that is off, a missing package,
-            classes that differ between the two.
+            classes to evaluate that are not trained.
     """
     train = _open(config, "train_split", training=True)
-    evaluation = _open(config, "eval_split", training=False)
-    _compare_classes(train.class_names, evaluation.class_names)
-    if config.dataset in FOLDER_NAMES or config.dataset.lower() in ("torch/folder", "torch/image_folder"):
-        assert isinstance(train, ImageSource)
-        assert isinstance(evaluation, ImageSource)
-        _check_apart(train.dataset.root, evaluation.dataset.root)
-    if config.num_classes not in (None, len(train.class_names)):
+    if isinstance(train, ImageSource) and len(train.class_names) < 2:
+        where = f" in {train.dataset.root!r}" if isinstance(train.dataset, Listing) else ""
         raise ValueError(
-            f"data.num_classes is {config.num_classes}, but the data has {len(train.class_names)} classes; "
-            "set it to null"
+            f"data.train_split: images of {len(train.class_names)} class{where} ({train.class_names[0]}); it must have "
+            "a folder a class, two at least"
         )
+    evaluation = _open(config, "eval_split", training=False)
+    if isinstance(train, ImageSource) and isinstance(evaluation, ImageSource):
+        evaluation = with_classes(evaluation, train.class_names, "eval_split")
+        if isinstance(train.dataset, Listing) and isinstance(evaluation.dataset, Listing):
+            _check_apart(train.dataset.root, evaluation.dataset.root)
+    elif train.class_names != evaluation.class_names:
+        raise ValueError(
+            f"data.train_split and data.eval_split have different classes ({_some(train.class_names)}; "
+            f"{_some(evaluation.class_names)})"
+        )
+    _check_number(config, train)
     train = _subset(train, "train_subset", config.train_subset, config.subset_seed)
     evaluation = _subset(evaluation, "eval_subset", config.eval_subset, config.subset_seed)
     return train, evaluation
+
+
+def open_eval_source(config: DataConfig, class_names: Sequence[str] | None) -> ImageSource | StreamSource:
+    """The images to evaluate on alone; there need be none to train on, nor any of some class.
+
+    Where ``data.root`` has no folder called ``data.eval_split`` but one of a class, it is that folder itself.
+
+    Args:
+        class_names: those that the model knows; None for those of the data.
+
+    Raises:
+        ValueError: as :func:`open_sources`, and where a class is not known.
+    """
+    source = _open(config, "eval_split", training=False, known=class_names)
+    if isinstance(source, ImageSource):
+        source = with_classes(source, class_names or source.class_names, "eval_split")
+    _check_number(config, source)
+    return _subset(source, "eval_subset", config.eval_subset, config.subset_seed)
+
+
+def _check_number(config: DataConfig, source: ImageSource | StreamSource) -> None:
+    if config.num_classes not in (None, len(source.class_names)):
+        raise ValueError(
+            f"data.num_classes is {config.num_classes}, but the data has {len(source.class_names)} classes; "
+            "set it to null"
+        )

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from experiments.config.reading import load_config, naming, recipes
-from experiments.data.create_data import Data, create_data
+from experiments.data.create_data import EvalData, create_eval_data
 from experiments.data.data_config import DataConfig
 from experiments.errors import ConfigError
 from experiments.evaluation.measuring import Measured, count_used, measure
@@ -31,7 +31,7 @@ def data_of(checkpoint: Path, info: SparseInfo) -> DataConfig:
     return load_config(known[info.recipe]).data if info.recipe in known else DataConfig()
 
 
-def open_eval_data(config: DataConfig, info: SparseInfo, device: str) -> Data:
+def open_eval_data(config: DataConfig, info: SparseInfo, device: str) -> EvalData:
     """The evaluation images as the checkpoint's model wants them.
 
     Raises:
@@ -45,24 +45,18 @@ def open_eval_data(config: DataConfig, info: SparseInfo, device: str) -> Data:
             f"data.image_size: {config.image_size} does not match the checkpoint's image size {height}; leave it out"
         )
     classes = info.class_names
-    config = dataclasses.replace(
-        config,
-        image_size=height,
-        in_chans=info.in_chans,
-        mean=info.mean,
-        std=info.std,
-        # Nothing is trained: of the training images only their classes matter.
-        train_subset=len(classes) if classes and not config.streams else None,
-        batch_size=1,
-        repeated_augmentation=1,
-        mixup=0.0,
-        cutmix=0.0,
-    )
+    config = dataclasses.replace(config, image_size=height, in_chans=info.in_chans, mean=info.mean, std=info.std)
     with naming("data"):
         try:
-            data = create_data(config, device=device, seed=0)
+            data = create_eval_data(
+                config, class_names=classes, image_size=height, in_chans=info.in_chans, device=device
+            )
         except OSError as error:
             raise ValueError(f"cannot be read: {error}") from error
+        except ValueError as error:
+            if "different classes" not in str(error):
+                raise
+            raise ValueError(f"{error}; choose the data that the checkpoint was trained on") from error
     if classes is not None and data.class_names != classes:
         raise ConfigError(
             f"data.dataset: {config.dataset!r} has {data.num_classes} classes ({_some(data.class_names)}), the "
@@ -81,6 +75,7 @@ class Evaluation:
     seconds: float  #: reading the images included
     #: By the block before which patches are dropped: how many images kept so many, ``{"4": {"98": 12, ...}}``.
     histogram: dict[str, dict[str, int]]
+    summary: tuple[str, str]  #: what images were read, :attr:`EvalData.summary`
 
 
 def evaluate(
@@ -129,7 +124,7 @@ def evaluate(
             for stage, counts in zip(measured.tokens.stages, measured.kept.unbind(dim=1), strict=True):
                 kept, images = counts.unique(return_counts=True)
                 histogram[str(stage)] = dict(zip(map(str, kept.tolist()), images.tolist(), strict=True))
-    return Evaluation(info, measured, macs, seconds, histogram)
+    return Evaluation(info, measured, macs, seconds, histogram, data.summary)
 
 
 def _some(names: Sequence[str]) -> str:

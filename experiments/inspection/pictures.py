@@ -7,11 +7,13 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 
 from experiments.data.augmentation import normalize
 from experiments.data.data_config import DataConfig
+from experiments.data.folders import pictures_below
+from experiments.data.picture import UnreadableImage, read_picture
+from experiments.data.transforms import eval_transform
 from experiments.errors import ConfigError
 from experiments.evaluation.evaluate_checkpoint import data_of, open_eval_data
 from experiments.evaluation.precision import precision_context
@@ -23,40 +25,41 @@ MOST_IMAGES = 10
 """Rows of a picture."""
 
 
+def image_files(paths: Sequence[str]) -> list[str]:
+    """The files, and the images in the folders, sorted.
+
+    Raises:
+        ConfigError: a folder holds no image.
+    """
+    files: list[str] = []
+    for name in paths:
+        inside = pictures_below(Path(name)) if Path(name).is_dir() else [name]
+        if not inside:
+            raise ConfigError(f"--images: {name} holds no images")
+        files += inside
+    return files
+
+
 def read_images(paths: Sequence[str], config: DataConfig, info: SparseInfo) -> tuple[list[str], Tensor]:
     """Names, and images ``[B, C, S, S]`` normalised as the model wants them: resized, and cut to the centre.
 
     Raises:
         ConfigError: a file is missing or no image, or a folder holds none.
     """
-    known = Image.registered_extensions()
-    files: list[Path] = []
-    for name in paths:
-        path = Path(name)
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in known) if path.is_dir() else [path]
-        if not inside:
-            raise ConfigError(f"--images: {name} holds no images")
-        files += inside
-    files = files[:MOST_IMAGES]
+    files = image_files(paths)[:MOST_IMAGES]
     height, width = info.image_size if isinstance(info.image_size, tuple) else (info.image_size,) * 2
-    transform = create_transform(
-        (info.in_chans, height, width),
-        interpolation=config.interpolation,
-        crop_pct=config.crop_pct,
-        use_prefetcher=True,
-    )
+    transform = eval_transform(config, (height, width))
     images = []
     for file in files:
+        if not Path(file).exists():
+            raise ConfigError(f"--images: there is no {file}")
         try:
-            with Image.open(file) as image:
-                pixels = transform(image.convert("L" if info.in_chans == 1 else "RGB"))
-        except FileNotFoundError as error:
-            raise ConfigError(f"--images: there is no {file}") from error
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise ConfigError(f"--images: {file} cannot be read as an image: {error}") from error
-        images.append(torch.as_tensor(pixels).view(info.in_chans, height, width))
+            picture = read_picture(file, file, "L" if info.in_chans == 1 else "RGB", config.white_level)
+        except UnreadableImage as error:
+            raise ConfigError(f"--images: {file} cannot be read as an image: {error.reason}") from error
+        images.append(torch.as_tensor(transform(picture)).view(info.in_chans, height, width))
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (info.mean, info.std))
-    return [str(file) for file in files], normalize(torch.stack(images), mean, std)
+    return files, normalize(torch.stack(images), mean, std)
 
 
 def evaluation_images(path: Path, info: SparseInfo) -> tuple[list[str], Tensor]:

@@ -52,7 +52,7 @@ def test_train_evaluate_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"sparse-trainer evaluate {run}/sparse.safetensors" in out
     assert f"tensorboard --logdir {runs}" in out
     assert {path.name for path in run.iterdir()} == {
-        "checkpoints", "config.yaml", "masks", "metrics.jsonl", "sparse.safetensors", "tensorboard",
+        ".lock", "checkpoints", "config.yaml", "masks", "metrics.jsonl", "sparse.safetensors", "tensorboard",
     }  # fmt: skip
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 

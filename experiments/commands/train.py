@@ -23,6 +23,7 @@ from experiments.processes.processes import ALONE, Processes, join_processes
 from experiments.processes.shared_failure import FailedElsewhere, speaks, together
 from experiments.processes.signals import StoppedAtOnce, StopRequest, exit_code, stop_on_signals
 from experiments.run_folder.folder import RunFolder, create_run_folder, find_run
+from experiments.run_folder.lock import RunLock
 from experiments.run_folder.random_states import deterministic_algorithms
 from experiments.terminal import FAILED, WRONG, Display, create_console, print_table
 from experiments.training.loop import Loop, Stopped, describe
@@ -170,12 +171,14 @@ def _names_config(arguments: Sequence[str]) -> bool:
 def train(request: _Request, processes: Processes, stop: StopRequest) -> int:
     """Train from the beginning, or from the newest checkpoint of the run to go on with."""
     config, found = request.agree(processes)
-    with deterministic_algorithms(config.training.deterministic):
-        return _train(config, found, processes, stop)
+    with deterministic_algorithms(config.training.deterministic), RunLock() as lock:
+        return _train(config, found, processes, stop, lock)
 
 
-def _train(config: RunConfig, found: RunFolder | None, processes: Processes, stop: StopRequest) -> int:
+def _train(config: RunConfig, found: RunFolder | None, processes: Processes, stop: StopRequest, lock: RunLock) -> int:
     console = create_console() if processes.is_main else Console(quiet=True, force_terminal=False)
+    if found is not None:
+        _take(lock, found, processes, console)
     # What fails from here to the loop fails on all processes, or ends this one and with it the others.
     data = _open_data(config, processes)
     resuming = processes.share(found is not None and bool(found.bundles()))
@@ -184,6 +187,7 @@ def _train(config: RunConfig, found: RunFolder | None, processes: Processes, sto
         describe(trainer, {})  # what no checkpoint can hold is refused now, not after the training
     loop = _open_run(config, trainer, found, resuming)
     folder = loop.folder
+    _take(lock, folder, processes, console)
     if resuming:
         console.print(f"resuming {folder.path} at step {trainer.tried:,}", soft_wrap=True, markup=False)
     elif found is not None:
@@ -228,6 +232,18 @@ def _open_run(config: RunConfig, trainer: Trainer, found: RunFolder | None, resu
     if resuming:
         loop.resume()
     return loop
+
+
+def _take(lock: RunLock, folder: RunFolder, processes: Processes, console: Console) -> None:
+    """The first process has the folder for all of them.
+
+    Raises:
+        ConfigError: another run has it.
+    """
+    with together(processes):
+        note = lock.take(folder.path) if processes.is_main else ""
+    if note:
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
 
 
 def _saved(loop: Loop) -> str:

@@ -22,7 +22,7 @@ _BUNDLE_NAME = re.compile(r"step_(\d{8,})\.resume")
 _OLD_BUNDLE = "last.resume"
 """What version 0.1.0 called its only one."""
 _TEMPORARY = ".*.tmp"
-_OWN = {"config.yaml", "checkpoints", "masks", "metrics.jsonl", "tensorboard"}
+_OWN = {"config.yaml", "checkpoints", "masks", "metrics.jsonl", "tensorboard", ".lock"}
 """What a run has before it saves for the first time."""
 
 

@@ -35,10 +35,21 @@ class Layout:
     position: Tensor  #: ``[S]``: the token's place within its image's tokens
     source: Tensor  #: ``[S]``: the token's place within its image before any token was dropped
     starts: Tensor  #: ``[B + 1]``, int32: first token of each image, and S
+    tokens: int  #: of an image before any was dropped
 
     @property
     def images(self) -> int:
         return len(self.lengths)
+
+    @cached_property
+    def image_in_batch(self) -> Tensor:
+        """``[S]``: number in the batch of each token's image."""
+        return self.order[self.image]
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """``[S]``: the token's place in ``[B, tokens]``, all tokens of the batch, flattened."""
+        return self.image_in_batch * self.tokens + self.source
 
     @cached_property
     def longest(self) -> int:
@@ -62,7 +73,63 @@ def uniform_layout(images: int, tokens: int, device: torch.device) -> Layout:
         position=every % tokens,
         source=every % tokens,
         starts=torch.arange(0, images * tokens + 1, tokens, device=device, dtype=torch.int32),
+        tokens=tokens,
     )
+
+
+def lay_out(*keeps: Tensor) -> list[Layout]:
+    """A sheet for each choice of tokens, all with the images in one order: that of the first sheet's lengths.
+
+    The lengths of all come to the host at once: the one synchronisation of a stage.
+
+    Args:
+        keeps: bool ``[B, tokens]``.
+    """
+    counts = torch.stack([keep.sum(dim=1) for keep in keeps])
+    order = counts[0].argsort(stable=True)
+    counts = counts[:, order]
+    return [
+        _lay_out(keep[order], order, count, tuple(lengths))
+        for keep, count, lengths in zip(keeps, counts, counts.tolist(), strict=True)
+    ]
+
+
+def _lay_out(keep: Tensor, order: Tensor, counts: Tensor, lengths: tuple[int, ...]) -> Layout:
+    """``keep`` and ``counts`` are in the order of the sheet already."""
+    total, tokens = sum(lengths), keep.shape[1]
+    starts = F.pad(counts.cumsum(0), (1, 0))
+    # Dropped tokens all land on one more place behind the sheet, which is cut off.
+    place = torch.where(keep, keep.cumsum(dim=1) - 1 + starts[:-1, None], total).flatten()
+    every = torch.arange(place.shape[0], device=place.device)
+    cell = every.new_empty(total + 1).scatter(0, place, every)[:total]
+    image = cell // tokens
+    return Layout(
+        lengths=lengths,
+        order=order,
+        image=image,
+        position=every[:total] - starts[image],
+        source=cell % tokens,
+        starts=starts.to(torch.int32),
+        tokens=tokens,
+    )
+
+
+def rows_in(old: Layout, new: Layout) -> Tensor:
+    """Numbers ``[S']`` of the tokens of the old sheet that are the new one."""
+    every = torch.arange(old.grid.shape[0], device=old.grid.device)
+    table = every.new_zeros(old.images * old.tokens).scatter(0, old.grid, every)
+    return table.index_select(0, new.grid)
+
+
+def on_grid(values: Tensor, layout: Layout, fill: float) -> Tensor:
+    """Values of the tokens ``[S]`` in the order of the batch, ``[B, tokens]``, those that are gone ``fill``."""
+    grid = values.new_full((layout.images * layout.tokens,), fill)
+    return grid.index_put((layout.grid,), values).view(layout.images, layout.tokens)
+
+
+def from_grid(grid: Tensor, layout: Layout) -> Tensor:
+    """Inverse of :func:`on_grid`: ``[B, tokens]`` to ``[S]``."""
+    return grid.flatten().index_select(0, layout.grid)
 
 
 def pad(values: Tensor, layout: Layout, fill: float) -> Tensor:
@@ -75,39 +142,6 @@ def unpad(rows: Tensor, layout: Layout) -> Tensor:
     """Inverse of :func:`pad`: ``[B, longest, ...]`` to ``[S, ...]``."""
     # Rows by one number are copied as they are; an index of two is taken apart element by element.
     return rows.flatten(0, 1).index_select(0, layout.image * rows.shape[1] + layout.position)
-
-
-def shrink(layout: Layout, keep: Tensor) -> tuple[Tensor, Layout]:
-    """Drop tokens.
-
-    The lengths of the new layout come to the host: the one synchronisation of a stage.
-
-    Args:
-        keep: bool ``[B, longest]``, rows and places as :func:`pad` gives them, False beyond an image's end.
-
-    Returns:
-        numbers ``[S']`` of the tokens of the old sheet that are the new one, and the new layout.
-    """
-    device = keep.device
-    counts, order = keep.sum(dim=1).sort(stable=True)
-    lengths = tuple(counts.tolist())
-    total = sum(lengths)
-    starts = F.pad(counts.cumsum(0), (1, 0))
-    first_of = torch.empty_like(order).scatter(0, order, starts[:-1])
-    place = unpad(keep.cumsum(dim=1) - 1 + first_of[:, None], layout)
-    # Dropped tokens all land on one more place behind the sheet, which is cut off.
-    place = torch.where(unpad(keep, layout), place, total)
-    every = torch.arange(place.shape[0], device=device)
-    index = every.new_empty(total + 1).scatter(0, place, every)[:total]
-    image = torch.arange(len(lengths), device=device).repeat_interleave(counts, output_size=total)
-    return index, Layout(
-        lengths=lengths,
-        order=layout.order[order],
-        image=image,
-        position=torch.arange(total, device=device) - starts[image],
-        source=layout.source.index_select(0, index),
-        starts=starts.to(torch.int32),
-    )
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:

@@ -1,8 +1,6 @@
-"""How much the class token looks at each patch (AS-ViT, arXiv 2209.13802), and attention under a mask of patches."""
+"""How much the class token looks at each patch (AS-ViT, arXiv 2209.13802)."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -52,27 +50,3 @@ def head_weighted_scores(class_row: Tensor, context: Tensor, tokens: int) -> Ten
     norms = torch.linalg.vector_norm(at_least_float32(context), dim=-1)
     share = norms / (norms.sum(dim=-1, keepdim=True) + 1e-8)
     return (share * at_least_float32(class_row)).sum(dim=-1) * (tokens / REFERENCE_TOKENS)
-
-
-def masked_attention_weights(logits: Tensor, mask: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Attention that looks only at the kept tokens (and a token at itself), differentiable in the mask.
-
-    ``(exp(a_ij - max) G_ij + eps / N) / (sum_k exp(a_ik - max) G_ik + eps)`` with ``G_ij = M_j`` and
-    ``G_ii = 1`` (AS-ViT). For a hard mask it equals, up to ``eps``, the softmax over the kept tokens.
-
-    Args:
-        logits: scaled scores ``[B, H, N, N]``.
-        mask: ``[B, N]``, 1 kept and 0 dropped.
-
-    Returns:
-        ``[B, H, N, N]``, in at least float32.
-    """
-    logits = at_least_float32(logits)
-    tokens = logits.shape[-1]
-    itself = torch.eye(tokens, dtype=torch.bool, device=logits.device)
-    gate = torch.where(itself, 1.0, mask[:, None, None, :].to(logits.dtype))
-    # The maximum over what is kept: a large dropped score must not push the kept ones down to eps. What a
-    # dropped token would weigh is bounded by 1 / eps, and with it the gradient that its mask receives.
-    greatest = logits.detach().masked_fill(gate <= 0.5, -torch.inf).amax(dim=-1, keepdim=True)
-    weights = (logits - greatest).clamp(max=-math.log(epsilon)).exp() * gate
-    return (weights + epsilon / tokens) / (weights.sum(dim=-1, keepdim=True) + epsilon)

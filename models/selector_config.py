@@ -11,7 +11,7 @@ import torch
 
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "top_k": ("keep_ratio", "gradient", "noise", "tau_start", "tau_end", "zeroing", "seed"),
-    "threshold": ("thresholds", "temperature"),
+    "threshold": ("thresholds", "temperature", "borderline"),
 }
 _DEFAULT_STAGES: dict[str, tuple[int, ...]] = {"top_k": (0,), "threshold": (4, 7, 10)}
 
@@ -56,6 +56,9 @@ class SelectorConfig:
     """threshold: one initial value per stage, for 197 tokens. null: 0.001, 0.002, 0.003, ..."""
     temperature: float = 1e4
     """threshold: slope of the sigmoid that carries the gradient, for 197 tokens."""
+    borderline: float = 2.5e-4
+    """threshold: in training a dropped patch is computed on, without being looked at, where the slope s (1 - s) of that
+    sigmoid, at most 0.25, exceeds this: its gradient teaches the threshold. 0: wherever there is any."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in _DEFAULT_STAGES:
@@ -95,6 +98,7 @@ class SelectorConfig:
         if self.thresholds is not None and len(self.thresholds) != len(stages):
             check("thresholds", f"one number for each of the {len(stages)} stages", False)
         check("temperature", "a positive number", positive(self.temperature))
+        check("borderline", "a number from 0 to 0.25", number(self.borderline) and 0 <= self.borderline <= 0.25)
         check("keep_ratio", "a share in (0, 1]", positive(self.keep_ratio) and self.keep_ratio <= 1)
         check("gradient", "one of factor, attention", self.gradient in ("factor", "attention"))
         check("noise", "0 (none) or a positive number (1: as published)", number(self.noise) and self.noise >= 0)

@@ -19,12 +19,11 @@ from timm.models import get_pretrained_cfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from models.adaptive_tokens import run_with_thresholds
+from models.blocks import attend_gated, run_block
 from models.choosing import gather_tokens
-from models.packing import Layout, attend, class_attention_packed, pad, shrink, uniform_layout
-from models.scores import class_attention, head_weighted_scores, masked_attention_weights
 from models.selection import Selection
 from models.selector_config import SelectorConfig
 from models.threshold_selector import ThresholdSelector
@@ -46,79 +45,14 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
-#: Query, key and value ``[..., H, dh]`` to the mixed values ``[..., H, dh]`` and scores (None: not asked).
-Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
-
-
-def run_block(block: Block, x: Tensor, attend_to: Attend) -> tuple[Tensor, Tensor | None]:
-    """timm's ``Block.forward`` with another attention, over tokens ``[B, N, C]`` or a sheet ``[S, C]``."""
-    attn = cast(Attention, block.attn)
-    normed = block.norm1(x)
-    qkv = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, attn.head_dim))
-    query, key, value = qkv.unbind(-3)
-    context, scores = attend_to(attn.q_norm(query), attn.k_norm(key), value)
-    context = attn.norm(context.flatten(-2))
-    gate = getattr(attn, "gate", None)  # of later timm releases
-    if gate is not None:
-        context = context * gate(normed).sigmoid()
-    x = x + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(context))))
-    return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), scores
-
-
-def attend_fused(attn: Attention, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-    """timm's attention over ``[B, N, H, dh]``, with a bias on the scores if given."""
-    query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of q and k under autocast gives float32
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout).transpose(1, 2)
-
-
-def attend_scored(attn: Attention, query: Tensor, key: Tensor, value: Tensor, *, prefix: int) -> tuple[Tensor, Tensor]:
-    """Fused attention over ``[B, N, H, dh]``, and the scores ``[B, N - prefix]`` of the patches beside it."""
-    context = attend_fused(attn, query, key, value)
-    class_row = class_attention(query[:, 0], key.transpose(1, 2), query.shape[-1] ** -0.5).transpose(1, 2)
-    return context, head_weighted_scores(class_row[:, prefix:], context[:, prefix:], query.shape[1])
-
-
-def attend_gated(
-    attn: Attention, query: Tensor, key: Tensor, value: Tensor, *, factor: Tensor, prefix: int
-) -> tuple[Tensor, None]:
-    """Fused attention over ``[B, N, H, dh]``, where looking at a patch counts ``factor`` ``[B, N - prefix]`` times.
-
-    For a factor of 1 it is plain attention, and the factor's gradient says what the loss would gain if the others
-    looked at the patch more.
-    """
-    return attend_fused(attn, query, key, value, F.pad(factor.log(), (prefix, 0))[:, None, None, :]), None
-
-
-def attend_masked(
-    attn: Attention, query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor, prefix: int, scored: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Attention over ``[B, N, H, dh]`` under the patch mask ``[B, N - prefix]``; holds the whole matrix."""
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    logits = q @ k.transpose(-2, -1) * query.shape[-1] ** -0.5
-    weights = masked_attention_weights(logits, F.pad(mask, (prefix, 0), value=1.0))
-    context = (attn.attn_drop(weights).to(value.dtype) @ v).transpose(1, 2)
-    if not scored:
-        return context, None
-    class_row = weights[:, :, 0].transpose(1, 2)
-    return context, head_weighted_scores(class_row[:, prefix:], context[:, prefix:], query.shape[1])
-
-
-def attend_packed(
-    query: Tensor, key: Tensor, value: Tensor, *, layout: Layout, tokens: int, scored: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Attention within each image of a sheet ``[S, H, dh]``, and scores ``[S]`` (meant for patches only)."""
-    context = attend(query, key, value, layout)
-    if not scored:
-        return context, None
-    return context, head_weighted_scores(class_attention_packed(query, key, layout), context, tokens)
-
 
 class _SelectsTokens(VisionTransformer):
     """What a VisionTransformer needs to hold a selector. Comes before timm's class in the bases."""
 
     selector: TopKSelector | ThresholdSelector
+    #: While a block runs on a sheet ``[S, C]`` of the tokens of all images: number in the batch of each row's image
+    #: ``[S]``, and how many images there are. For whoever hooks into a layer and counts by image.
+    sheet_rows: tuple[Tensor, int] | None = None
 
     def set_progress(self, fraction: float) -> None:
         """Say how far training has come, 0 to 1: the temperature of a top-k selector follows it.
@@ -180,9 +114,7 @@ class _SelectsTokens(VisionTransformer):
         x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
         if isinstance(self.selector, TopKSelector):
             return self._run_top_k(self.selector, x)
-        if self.training or not len(x):  # a sheet holds at least one image
-            return self._run_masked(self.selector, x)
-        return self._run_packed(self.selector, x)
+        return run_with_thresholds(cast(Any, self), self.selector, x, self._checkpointed)
 
     def _run_top_k(self, selector: TopKSelector, x: Tensor) -> tuple[Tensor, Selection]:
         """Gather what each stage keeps. ``x``: ``[B, P + N, C]``."""
@@ -208,40 +140,6 @@ class _SelectsTokens(VisionTransformer):
             x = self._checkpointed(block, x)
         return x, Selection(selector.stages, tuple(masks), prefix, removes=not selector.config.zeroing)
 
-    def _run_masked(self, selector: ThresholdSelector, x: Tensor) -> tuple[Tensor, Selection]:
-        """Training: all tokens stay, and attention looks at the kept ones. ``x``: ``[B, P + N, C]``."""
-        prefix = self.num_prefix_tokens
-        masks: list[Tensor] = []
-        for number, block in enumerate(self.blocks):
-            scored = number + 1 in selector.stages
-            if not masks and not scored:
-                x = self._checkpointed(block, x)
-                continue
-            mask = masks[-1] if masks else None
-            x, scores = self._checkpointed(_run_block_masked, block, x, mask, prefix, scored)
-            if scores is not None:
-                masks.append(selector(scores, mask, len(masks)))
-        return x[:, :prefix], Selection(selector.stages, tuple(masks), prefix)
-
-    def _run_packed(self, selector: ThresholdSelector, x: Tensor) -> tuple[Tensor, Selection]:
-        """Evaluation: dropped tokens leave, image by image. ``x``: ``[B, P + N, C]``."""
-        prefix = self.num_prefix_tokens
-        batch, tokens = x.shape[:2]
-        layout = uniform_layout(batch, tokens, x.device)
-        sheet = x.flatten(0, 1)
-        masks: list[Tensor] = []
-        for number, block in enumerate(self.blocks):
-            scored = number + 1 in selector.stages
-            sheet, scores = _run_block_packed(cast(Block, block), sheet, layout, tokens, scored)
-            if scores is not None:
-                rows = pad(scores, layout, -torch.inf)[:, prefix:]
-                keep = selector.choose(rows, rows > -torch.inf, len(masks))
-                index, layout = shrink(layout, F.pad(keep, (prefix, 0), value=True))
-                sheet = sheet.index_select(0, index)
-                masks.append(_mask_on_grid(layout, tokens)[:, prefix:].to(scores.dtype))
-        heads = layout.starts[:-1].long()[:, None] + torch.arange(prefix, device=x.device)
-        return sheet[heads[layout.order.argsort()]], Selection(selector.stages, tuple(masks), prefix)
-
     def _checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call the function; with ``set_grad_checkpointing``, backward computes its activations again."""
         if self.grad_checkpointing and torch.is_grad_enabled():
@@ -254,32 +152,6 @@ def _run_block_gated(block: Block, x: Tensor, factor: Tensor, prefix: int) -> Te
         return attend_gated(cast(Attention, block.attn), q, k, v, factor=factor, prefix=prefix)
 
     return run_block(block, x, attend_to)[0]
-
-
-def _run_block_masked(
-    block: Block, x: Tensor, mask: Tensor | None, prefix: int, scored: bool
-) -> tuple[Tensor, Tensor | None]:
-    def attend_to(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        if mask is None:
-            return attend_scored(cast(Attention, block.attn), q, k, v, prefix=prefix)
-        return attend_masked(cast(Attention, block.attn), q, k, v, mask=mask, prefix=prefix, scored=scored)
-
-    return run_block(block, x, attend_to)
-
-
-def _run_block_packed(
-    block: Block, sheet: Tensor, layout: Layout, tokens: int, scored: bool
-) -> tuple[Tensor, Tensor | None]:
-    def attend_to(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        return attend_packed(q, k, v, layout=layout, tokens=tokens, scored=scored)
-
-    return run_block(block, sheet, attend_to)
-
-
-def _mask_on_grid(layout: Layout, tokens: int) -> Tensor:
-    """Which tokens are still in the sheet: bool ``[B, tokens]`` in the order of the batch."""
-    mask = torch.zeros(layout.images, tokens, dtype=torch.bool, device=layout.source.device)
-    return mask.index_put((layout.order[layout.image], layout.source), mask.new_ones(()))
 
 
 class SparseVisionTransformer(_SelectsTokens):
@@ -326,6 +198,8 @@ def add_selector(model: nn.Module, config: SelectorConfig) -> nn.Module:
     if reads_attention and not all(type(block) is Block and type(block.attn) is Attention for block in model.blocks):
         kind, way = type(model.blocks[0]).__name__, "" if config.kind == "threshold" else " (gradient: factor any)"
         problems.append(f"the blocks are {kind}; the {config.kind} selector knows timm's Block with Attention{way}")
+    elif config.kind == "threshold" and any(cast(Any, block).attn.attn_drop.p for block in model.blocks):
+        problems.append("attn_drop_rate drops attention at random, which the threshold selector cannot; leave it at 0")
     if problems:
         raise ValueError("selector: " + "; ".join(problems))
 

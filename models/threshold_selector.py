@@ -32,6 +32,11 @@ class ThresholdSelector(nn.Module):
             keep = as_many_at_random(keep, live, self.chance)
         return keep
 
+    def still_learns(self, scores: Tensor, stage: int) -> Tensor:
+        """Whether each patch ``[B, N]`` is so close to the threshold that its mask's gradient counts (bool)."""
+        soft = ((scores.detach() - self.thresholds[stage].detach()) * self.config.temperature).sigmoid()
+        return soft * (1 - soft) > self.config.borderline
+
     def forward(self, scores: Tensor, previous: Tensor | None, stage: int) -> Tensor:
         """The mask ``[B, N]`` after stage number ``stage``, with its straight-through gradient.
 

@@ -352,16 +352,21 @@ def _choose(
 
 
 class _Gate:
-    """Multiplies the activations of each unit, per sample, at the input of the Linear that writes them."""
+    """Multiplies the activations of each unit, per sample, at the input of the Linear that writes them.
 
-    def __init__(self, group: UnitGroup, live: int, candidates: int) -> None:
-        self.group = group
+    A model may run layers on a sheet ``[S, C]`` of the tokens of all samples. It then says in ``sheet_rows`` whose each
+    row is, and how many samples there are.
+    """
+
+    def __init__(self, model: nn.Module, group: UnitGroup, live: int, candidates: int) -> None:
+        self.model, self.group = model, group
         self.live, self.candidates = live, candidates
         self.values: list[Tensor] = []  # one per forward pass, [B, units]
 
     def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        activation, *rest = arguments  # [B, N, units * size]
-        samples = activation.shape[0]
+        activation, *rest = arguments  # [B, N, units * size], or [S, units * size]
+        rows = getattr(self.model, "sheet_rows", None)
+        samples = activation.shape[0] if rows is None else rows[1]
         # float32 gates, so that their gradients are summed in float32 under autocast too
         value = torch.cat(
             [
@@ -370,8 +375,11 @@ class _Gate:
             ],
             dim=1,
         ).requires_grad_()
-        self.values.append(value)
-        gate = value.repeat_interleave(self.group.size, dim=1).to(activation.dtype)
+        if torch.is_grad_enabled():  # what runs without has no part in the loss
+            self.values.append(value)
+        gate = value if rows is None else value.index_select(0, rows[0])
+        gate = gate.repeat_interleave(self.group.size, dim=1).to(activation.dtype)
+        samples = gate.shape[0]
         return (activation * gate.view(samples, *[1] * (activation.ndim - 2), -1), *rest)
 
 
@@ -405,7 +413,7 @@ def _probing(model: nn.Module, groups: Sequence[tuple[UnitGroup, Mapping[str, Te
                         )
                     )
                 group.set_count(live + dormant)
-            gate = _Gate(group, live, dormant)
+            gate = _Gate(model, group, live, dormant)
             stack.enter_context(contextlib.closing(_Handle(group.writer.register_forward_pre_hook(gate))))
             gates.append(gate)
         yield gates

@@ -6,29 +6,33 @@ import os
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import create_model
 from sparse_trainer import SparsityConfig, SparsityScheduler
 from tests.conftest import TINY
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "weights": {"density": 0.5},
     "joint": {"density": 0.35, "head_density": 0.67, "neuron_density": 0.5, "swap": "always"},
+    "tokens": {"density": 0.35, "head_density": 0.67, "neuron_density": 0.5, "swap": "always"},
 }
+SELECTORS = {"tokens": {"kind": "threshold", "stages": (1,), "thresholds": (0.005,)}}
 
 
 def train(kind: str, rank: int, world: int) -> dict[str, Any]:
     """Six steps with three updates; in float64, so that the order of summation decides nothing."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = timm.create_model("deit_tiny_patch16_224", **TINY).double()
+    model = create_model("deit_tiny_patch16_224", selector=SELECTORS.get(kind), **TINY).double()
     config = SparsityConfig(update_every=2, drop_fraction=0.6, **CONFIGS[kind])
     scheduler = SparsityScheduler(model, config, total_steps=12)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    thresholds = [p for name, p in model.named_parameters() if name == "selector.thresholds"]
+    others = [p for name, p in model.named_parameters() if name != "selector.thresholds"]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": thresholds, "lr": 1e-5}], lr=1e-2)
     scheduler.attach(optimizer)
     parallel: nn.Module = nn.parallel.DistributedDataParallel(model) if world > 1 else model
     generator = torch.Generator().manual_seed(1)

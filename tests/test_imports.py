@@ -16,9 +16,12 @@ FLOORS = {
         "scores": 0,
         "selection": 0,
         "selector_config": 0,
+        "blocks": 1,
+        "masked_attention": 1,
         "threshold_selector": 1,
         "top_k_selector": 1,
-        "sparse_deit": 2,
+        "adaptive_tokens": 2,
+        "sparse_deit": 3,
     },
     "sparse_trainer": {
         "masks": 0,

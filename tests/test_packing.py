@@ -19,8 +19,11 @@ from models.packing import (
     attend_padded,
     attend_varlen,
     class_attention_packed,
+    from_grid,
+    lay_out,
+    on_grid,
     pad,
-    shrink,
+    rows_in,
     uniform_layout,
     unpad,
 )
@@ -34,7 +37,7 @@ def keep_first(lengths: Sequence[int]) -> Tensor:
 
 
 def packed(lengths: Sequence[int]) -> Layout:
-    return shrink(uniform_layout(len(lengths), TOKENS, torch.device("cpu")), keep_first(lengths))[1]
+    return lay_out(keep_first(lengths))[0]
 
 
 def one_at_a_time(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
@@ -51,23 +54,28 @@ def random_heads(tokens: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return query, key, value
 
 
-def test_shrink_by_hand() -> None:
+def test_a_sheet_by_hand() -> None:
     """Two images of three tokens; the first keeps two of them, the second one: it comes first in the sheet."""
-    layout = uniform_layout(2, 3, torch.device("cpu"))
-    index, smaller = shrink(layout, torch.tensor([[True, False, True], [False, True, False]]))
-    assert index.tolist() == [4, 0, 2]
+    whole = uniform_layout(2, 3, torch.device("cpu"))
+    keep, others = torch.tensor([[True, False, True], [False, True, False]]), torch.tensor([[False, True, False]] * 2)
+    smaller, beside = lay_out(keep, others)
+    assert rows_in(whole, smaller).tolist() == [4, 0, 2]
     assert smaller.lengths == (1, 2)
     assert smaller.order.tolist() == [1, 0]
     assert smaller.image.tolist() == [0, 1, 1]
+    assert smaller.image_in_batch.tolist() == [1, 0, 0]
     assert smaller.position.tolist() == [0, 0, 1]
     assert smaller.source.tolist() == [1, 0, 2]
     assert smaller.starts.tolist() == [0, 1, 3]
     assert smaller.groups == [(0, 1, 1), (1, 1, 2)]
+    assert on_grid(torch.tensor([5.0, 6.0, 7.0]), smaller, 0.0).tolist() == [[6, 0, 7], [0, 5, 0]]
+    assert beside.order.tolist() == [1, 0], "beside the first sheet, image by image"
+    assert rows_in(whole, beside).tolist() == [4, 1]
 
-    again, smallest = shrink(smaller, torch.tensor([[True, False], [False, True]]))
-    assert again.tolist() == [0, 2]
-    assert smallest.order.tolist() == [1, 0]
-    assert smallest.source.tolist() == [1, 2]
+    (smallest,) = lay_out(torch.tensor([[True, False, False], [False, True, False]]))
+    assert rows_in(smaller, smallest).tolist() == [1, 0]
+    assert smallest.order.tolist() == [0, 1]
+    assert smallest.source.tolist() == [0, 1]
     assert smallest.groups == [(0, 2, 1)]
 
 
@@ -79,14 +87,15 @@ def test_every_kept_token_is_found_again(lengths: list[int], seed: int) -> None:
     tokens = torch.randn(images, TOKENS, 4, generator=generator)
     ranks = torch.rand(images, TOKENS, generator=generator).argsort(dim=1).argsort(dim=1)
     keep = ranks < torch.tensor(lengths)[:, None]
-    index, layout = shrink(uniform_layout(images, TOKENS, torch.device("cpu")), keep)
-    sheet = tokens.flatten(0, 1)[index]
+    (layout,) = lay_out(keep)
+    sheet = tokens.flatten(0, 1)[rows_in(uniform_layout(images, TOKENS, torch.device("cpu")), layout)]
     assert list(layout.lengths) == sorted(lengths)
     for row, part in enumerate(sheet.split(layout.lengths)):
         image = layout.order[row]
         assert torch.equal(part, tokens[image][keep[image]])
     assert torch.equal(tokens[layout.order[layout.image], layout.source], sheet)
     assert torch.equal(unpad(pad(sheet, layout, -1.0), layout), sheet)
+    assert torch.equal(from_grid(on_grid(sheet[:, 0], layout, -1.0), layout), sheet[:, 0])
     assert (pad(sheet, layout, torch.inf) == torch.inf).sum() == 4 * (images * max(lengths) - sum(lengths))
 
 
@@ -148,7 +157,7 @@ def test_the_kernel_for_unequal_lengths_is_called_as_documented(monkeypatch: pyt
 def test_attention_on_a_gpu(dtype: torch.dtype) -> None:
     lengths = [5, 2, 9, 5]
     keep = keep_first(lengths).cuda()
-    _, layout = shrink(uniform_layout(4, TOKENS, keep.device), keep)
+    (layout,) = lay_out(keep)
     heads = tuple(x.cuda().to(dtype) for x in random_heads(sum(lengths), 2))
     expected = one_at_a_time(*(x.float() for x in heads), layout)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2

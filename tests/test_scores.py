@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.scores import class_attention, head_weighted_scores, masked_attention_weights
+from models.scores import class_attention, head_weighted_scores
+from tests.masked_reference import masked_attention_weights
 
 
 def generator(seed: int = 0) -> torch.Generator:

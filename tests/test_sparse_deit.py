@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 from models import SelectorConfig, create_model, resolve, threshold_selector, tokens_per_block, top_k_selector
 from models.choosing import gather_tokens, top_k_indices
 from models.sparse_deit import _SelectsTokens
+from tests.masked_reference import masked_training
 
 TINY = {
     "img_size": 16,
@@ -123,7 +125,7 @@ def test_training_by_the_gradient_of_attention_computes_what_evaluation_does(var
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_masked_training_equals_packed_evaluation(variant: str) -> None:
+def test_training_on_a_sheet_equals_packed_evaluation(variant: str) -> None:
     model = tiny(THRESHOLD, variant)
     x = images(12, model)
     logits, selection = model.train()(x, return_selection=True)
@@ -298,7 +300,11 @@ def test_the_budget_reaches_the_thresholds() -> None:
     ],
 )
 def test_gradients_are_those_of_the_surrogate(selector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The surrogate of a straight-through gradient: hard decisions frozen, only the soft part moves."""
+    """The surrogate of a straight-through gradient: hard decisions frozen, only the soft part moves.
+
+    Of thresholds in the reference, which looks at a token as much as its mask says; training on a sheet has the same
+    gradients by ``test_adaptive_tokens.py``.
+    """
     model = tiny(selector).double().train()
     if model.selector.config.kind == "top_k":
         monkeypatch.setattr(model.selector, "_noise", lambda like: torch.zeros_like(like))
@@ -310,7 +316,8 @@ def test_gradients_are_those_of_the_surrogate(selector: Any, monkeypatch: pytest
         return hard + (soft - soft.detach())
 
     def loss() -> Tensor:
-        logits, selection = model(x, return_selection=True)
+        run = partial(masked_training, model) if "kind" in selector else partial(model, return_selection=True)
+        logits, selection = run(x)
         return F.cross_entropy(logits, targets) + 0.01 * tokens_per_block(selection, 4).sum()
 
     for module in (top_k_selector, threshold_selector):
@@ -542,6 +549,10 @@ def test_compiled_training_is_compiled_once(selector: Any) -> None:
         ({"name": "deit_quickstart", "selector": {"stages": [0]}, "patch_drop_rate": 0.1}, "patch_drop_rate"),
         ({"name": "vit_wee_patch16_reg1_gap_256", "selector": {}}, "no class token"),
         ({"name": "test_vit", "selector": {"kind": "threshold", "stages": [2]}, "global_pool": "avg"}, "'token'"),
+        (
+            {"name": "deit_quickstart", "selector": {"kind": "threshold", "stages": [2]}, "attn_drop_rate": 0.1},
+            "attn_drop_rate",
+        ),
         (
             {
                 "name": "vit_small_patch16_18x2_224",

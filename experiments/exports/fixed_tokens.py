@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from models.blocks import attend_scored, run_block
 from models.choosing import gather_tokens, top_k_indices
-from models.sparse_deit import attend_scored, run_block
 from models.threshold_selector import ThresholdSelector
 
 

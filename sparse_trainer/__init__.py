@@ -2,7 +2,16 @@
 
 from sparse_trainer.agreement import DisagreementError
 from sparse_trainer.budget import Budget
-from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, expand, load_sparse, read_info, save_sparse
+from sparse_trainer.construction import LiveNetwork
+from sparse_trainer.files.checkpoint import (
+    CheckpointError,
+    SparseInfo,
+    expand,
+    live_network,
+    load_sparse,
+    read_info,
+    save_sparse,
+)
 from sparse_trainer.report import BlockUpdate, LayerUpdate, MaskUpdate
 from sparse_trainer.scheduler import SparsityScheduler
 from sparse_trainer.sparsity_config import SparsityConfig
@@ -13,11 +22,13 @@ __all__ = [
     "CheckpointError",
     "DisagreementError",
     "LayerUpdate",
+    "LiveNetwork",
     "MaskUpdate",
     "SparseInfo",
     "SparsityConfig",
     "SparsityScheduler",
     "expand",
+    "live_network",
     "load_sparse",
     "read_info",
     "save_sparse",

@@ -185,6 +185,19 @@ def _weights(module: nn.Module, prefix: str) -> list[Tensor]:
 OTHER_PRODUCTS = "other products"
 
 
+CHANNEL: dict[Any, int] = {
+    F.linear: -1,
+    F.conv1d: 1,
+    F.conv2d: 1,
+    F.conv3d: 1,
+    F.conv_transpose1d: 1,
+    F.conv_transpose2d: 1,
+    F.conv_transpose3d: 1,
+}
+"""Products whose weight is known, and the dimension that holds their channels."""
+TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
 class _Watching(TorchFunctionMode):
     """Sees which weight each product uses. Attention runs as its two products, so that every torch counts them."""
 
@@ -198,13 +211,31 @@ class _Watching(TorchFunctionMode):
             query, key, value = arguments[:3]
             return query @ key.transpose(-2, -1) @ value
         output = function(*arguments, **(options or {}))
-        if function in (F.linear, F.conv2d):
+        if function in CHANNEL:
             weight = arguments[1] if len(arguments) > 1 else (options or {})["weight"]
             name = self.names.get(id(weight))
             if name is not None:
-                channel = 1 if function is F.conv2d else -1
-                self.repeats[name] = self.repeats.get(name, 0) + output.numel() / output.shape[channel]
+                # A transposed convolution is applied at every point of its input, the others at those of the output.
+                channel, at = CHANNEL[function], arguments[0] if function in TRANSPOSED else output
+                self.repeats[name] = self.repeats.get(name, 0) + at.numel() / at.shape[channel]
+        elif function is F.multi_head_attention_forward:
+            self._add_attention(arguments, options or {})
         return output
+
+    def _add_attention(self, arguments: Sequence[Any], options: Mapping[str, Any]) -> None:
+        """``nn.MultiheadAttention`` multiplies within one function, and by thirds of ``in_proj_weight``."""
+        query, key, value = rows = [tensor.numel() / tensor.shape[-1] for tensor in arguments[:3]]
+        applied = {
+            id(arguments[5]): sum(rows) / 3,
+            id(arguments[11]): query,
+            id(options.get("q_proj_weight")): query,
+            id(options.get("k_proj_weight")): key,
+            id(options.get("v_proj_weight")): value,
+        }
+        for identity, repeats in applied.items():
+            name = self.names.get(identity)
+            if name is not None:
+                self.repeats[name] = self.repeats.get(name, 0) + repeats
 
 
 def _count_by_running(

@@ -160,6 +160,16 @@ def count_live(mask: Tensor) -> int:
     return int(mask.count_nonzero())
 
 
+def count_dead_nonzero(tensor: Tensor, live: Tensor) -> int | Tensor:
+    """How many elements of ``tensor`` are not 0 where ``live`` is False; on a device a scalar nobody waits for."""
+    if tensor.device.type == "cpu":
+        values = tensor.detach()
+        if values.dtype in (torch.bfloat16, torch.float16):
+            values = values.float()  # NumPy has no bfloat16
+        return int(np.count_nonzero(values.numpy() * ~live.numpy()))
+    return (tensor.detach() * ~live).count_nonzero()
+
+
 def zero_dead(tensor: Tensor, live: Tensor) -> None:
     """Set ``tensor`` to 0 where ``live`` is False, in place.
 

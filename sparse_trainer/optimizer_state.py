@@ -8,7 +8,8 @@ a dead weight without anyone noticing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,30 +58,69 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_
 """State that follows the squared gradient: 0 at a dead weight, the squared growth gradient where one has grown."""
 
 
+DENSE_UPDATES = {"torch.optim": ("Muon",)}
+"""Optimizers that move a weight whose gradient is 0: their step is masked after it was taken.
+
+Muon makes the momentum of a whole matrix orthogonal. Its step within the mask is that update's projection onto the live
+weights; the momentum itself stays 0 where weights are dead.
+"""
+
+
+class Optimizers:
+    """Several optimizers of one model as one: whose state a parameter has."""
+
+    def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
+        self.members = tuple(members)
+
+    def state_of(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """State of the optimizer that moves ``parameter``; empty if there is none yet."""
+        for optimizer in self.members:
+            if parameter in optimizer.state:
+                return optimizer.state[parameter]
+        return {}
+
+    def parameters(self) -> set[int]:
+        """Identities of all parameters."""
+        return {id(p) for optimizer in self.members for group in optimizer.param_groups for p in group["params"]}
+
+    @property
+    def updates_are_dense(self) -> bool:
+        """Whether a step may move a weight whose gradient is 0."""
+        return any(_is_among(optimizer, DENSE_UPDATES) for optimizer in self.members)
+
+
 def check_supported(optimizer: torch.optim.Optimizer) -> None:
     """Accept an optimizer whose state is understood.
 
     Raises:
         ValueError: naming the optimizer and the ones that work.
     """
-    for kind in type(optimizer).__mro__:
-        for package, names in SUPPORTED.items():
-            if kind.__module__.startswith(package) and kind.__name__ in names:
-                return
-    works = "; ".join(f"{package}: {', '.join(names)}" for package, names in SUPPORTED.items())
+    if _is_among(optimizer, SUPPORTED) or _is_among(optimizer, DENSE_UPDATES):
+        return
+    known = {package: (*names, *DENSE_UPDATES.get(package, ())) for package, names in SUPPORTED.items()}
+    works = "; ".join(f"{package}: {', '.join(names)}" for package, names in known.items())
     raise ValueError(
         f"optimizer {type(optimizer).__module__}.{type(optimizer).__name__}: its state is not understood, so dead "
         f"weights could not be kept at 0. These work: {works}"
     )
 
 
-def moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+def _is_among(optimizer: torch.optim.Optimizer, known: Mapping[str, Sequence[str]]) -> bool:
+    return any(
+        kind.__module__.startswith(package) and kind.__name__ in names
+        for kind in type(optimizer).__mro__
+        for package, names in known.items()
+    )
+
+
+def moments(optimizer: torch.optim.Optimizer | Optimizers, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
     """The state tensors that hold one value per element of ``parameter``, each with its name.
 
     Raises:
         ValueError: if one of them is of unknown meaning.
     """
-    for key, value in optimizer.state.get(parameter, {}).items():
+    state = optimizer.state_of(parameter) if isinstance(optimizer, Optimizers) else optimizer.state.get(parameter, {})
+    for key, value in state.items():
         if not isinstance(value, Tensor) or value.shape != parameter.shape:
             continue
         if key not in FIRST_MOMENTS | SECOND_MOMENTS:
@@ -96,7 +136,7 @@ def is_second_moment(key: str) -> bool:
 
 
 def carry_over(
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | Optimizers,
     parameter: nn.Parameter,
     live: Tensor,
     added: Tensor,

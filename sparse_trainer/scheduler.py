@@ -1,13 +1,13 @@
 """The scheduler owns every mask, follows the optimizer, and conducts the updates.
 
-How many is in :mod:`~sparse_trainer.budget`, when in :mod:`~sparse_trainer.update_schedule`, which in
-:mod:`~sparse_trainer.masks` and :mod:`~sparse_trainer.unit_swaps`; here is only who calls whom.
+*How many* is decided in :mod:`~sparse_trainer.budget`, *when* in :mod:`~sparse_trainer.update_schedule`, *which* in
+:mod:`~sparse_trainer.masks` and :mod:`~sparse_trainer.unit_swaps`. What construction does is worked out in
+:mod:`~sparse_trainer.construction`, the training loop is followed by :mod:`~sparse_trainer.following`, and
+:mod:`~sparse_trainer.enforcement` keeps dead weights at 0. This file calls them in the right order.
 """
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,14 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from sparse_trainer.agreement import check_agreement, mask_digest, on_any_process, order_digest, process_count
-from sparse_trainer.budget import Budget, count_units
-from sparse_trainer.optimizer_state import check_supported
+from sparse_trainer.budget import Budget
+from sparse_trainer.construction import LiveNetwork, plan
+from sparse_trainer.enforcement import Enforcement
+from sparse_trainer.following import Following, check_optimizers, unwrap
+from sparse_trainer.masks import zero_dead
+from sparse_trainer.ownership import check_free, claim
+from sparse_trainer.ownership import release as release_model
+from sparse_trainer.prunable import prunable_places, prunable_weights
 from sparse_trainer.report import BlockUpdate, MaskUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.unit_swaps import Swap, UnitSwaps
-from sparse_trainer.units import find_blocks
 from sparse_trainer.update_schedule import UpdateSchedule
 from sparse_trainer.weight_masks import WeightMasks
+
+__all__ = ["LiveNetwork", "SparsityScheduler", "prunable_weights"]
 
 LossClosure = Callable[[], Tensor]
 
@@ -45,14 +52,18 @@ class SparsityScheduler:
             optimizer.zero_grad()
 
     Args:
-        model: any module with ``Linear`` or ``Conv2d`` layers; a timm ``VisionTransformer`` for heads and neurons.
-            A model may name parameters that are never pruned, by prefix, in a method ``no_sparsity() -> set[str]``.
+        model: any module with layers that multiply (:mod:`sparse_trainer.prunable`); a timm ``VisionTransformer`` for
+            heads and neurons. A model may name parameters that are never pruned, by prefix, in a method
+            ``no_sparsity() -> set[str]``.
         config: what to prune and how.
-        total_steps: optimizer steps of the whole run.
+        total_steps: optimizer steps of the whole run. With gradient accumulation that is fewer than batches.
         closure: the loss of one batch; only for ``config.start == "score"``.
+        resume_from: what is live already: the model's former scheduler, which it takes the place of, or what
+            :func:`sparse_trainer.live_network` read from a sparse file. Masks, heads and neurons stay as they are.
 
     Raises:
-        ValueError: if the configuration does not fit the model.
+        ValueError: if the configuration does not fit the model, or the model has a scheduler already. Nothing was
+            changed then.
     """
 
     def __init__(
@@ -62,10 +73,14 @@ class SparsityScheduler:
         *,
         total_steps: int,
         closure: LossClosure | None = None,
+        resume_from: SparsityScheduler | LiveNetwork | None = None,
     ) -> None:
         model = getattr(model, "_orig_mod", model)
         if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             model = model.module
+        former = resume_from if isinstance(resume_from, SparsityScheduler) else None
+        check_free(model, successor_of=former)
+        given = resume_from.live_network if isinstance(resume_from, SparsityScheduler) else resume_from
         self.model = model
         self.config = config
         self.schedule = UpdateSchedule(
@@ -76,83 +91,91 @@ class SparsityScheduler:
             drop_fraction_end=config.drop_fraction_end,
             stop_at=config.stop_at,
         )
+        planned = plan(model, config, given)
+        notes = list(planned.notes)
         if not self.schedule.update_steps and config.updates != 0:
-            warnings.warn(
+            notes.append(
                 f"no update fits into {total_steps:,} steps, so the first masks stay; set updates or update_every, or "
-                "updates to 0 if that is meant",
-                stacklevel=2,
+                "updates to 0 if that is meant"
             )
-        dense_total = sum(p.numel() for p in prunable_weights(model, config.include, config.exclude).values())
         self._units: UnitSwaps | None = None
-        if config.structured:
-            self._units = self._make_compact(closure)
-        prunable = prunable_weights(model, config.include, config.exclude)
-        self._total = dense_total
         self._weights: WeightMasks | None = None
-        if config.masks_weights:
-            self._weights = WeightMasks(prunable, self._live_target(prunable), config)
-        self._prunable = prunable
-        self._optimizer: torch.optim.Optimizer | None = None
+        if given is not None:
+            self._units, self._weights = self._take_over(given, planned.total)
+        else:
+            if config.structured:
+                generator = torch.Generator().manual_seed(config.seed)
+                self._units = UnitSwaps(
+                    model, planned.heads, planned.neurons, config, generator=generator, closure=closure
+                )
+            if planned.live is not None:
+                prunable = prunable_weights(model, config.include, config.exclude)
+                self._weights = WeightMasks(prunable, planned.live, config)
+        if former is not None:
+            former.detach(release=True)
+        claim(model, self)
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        self._total = planned.total
+        self._places = prunable_places(model, config.include, config.exclude)
+        self._prunable = {name: place.parameter for name, place in self._places.items()}
+        masks = self._weights.masks if self._weights else {}
+        self._enforcement = Enforcement({n: p for n, p in self._prunable.items() if n in masks}, masks)
+        self._following: Following | None = None
         self._ema: nn.Module | None = None
-        self._enforce = False  # whether loaded states may have brought dead weights back
-        self._handles: list[Any] = []
+        self._loaded = False  # whether loaded states may have brought dead weights back
         self._step = 0
-        self._stepped = 0
-        self._passes = 0  # backward passes since the last optimizer step
         self._passes_per_step = 1
         self._last_update = 0
-        self._skipped: Tensor | None = None  # counted on the device; read only when an update may be due
+        self._updates = 0
 
-    def _make_compact(self, closure: LossClosure | None) -> UnitSwaps:
-        blocks = find_blocks(self.model)
-        roundings: set[str] = set()
-        heads = {n: count_units(self.config.head_density, b.heads.count(), "head") for n, b in blocks.items()}
-        neurons = {n: count_units(self.config.neuron_density, b.neurons.count(), "neuron") for n, b in blocks.items()}
-        for block in blocks.values():
-            for group, density, live in (
-                (block.heads, self.config.head_density, heads[block.name]),
-                (block.neurons, self.config.neuron_density, neurons[block.name]),
-            ):
-                share = live / group.count()
-                # Heads are few, so any rounding is worth a word; of neurons only one that can be felt.
-                if abs(share - density) > (1e-6 if group.kind == "head" else 0.01):
-                    roundings.add(
-                        f"{group.kind}_density: {density} of {group.count()} {group.kind}s "
-                        f"is rounded to {live} ({share:.3f})"
-                    )
-        for rounding in sorted(roundings):
-            warnings.warn(rounding, stacklevel=4)
-        generator = torch.Generator().manual_seed(self.config.seed)
-        return UnitSwaps(self.model, heads, neurons, self.config, generator=generator, closure=closure)
+    def _take_over(self, given: LiveNetwork, total: int) -> tuple[UnitSwaps | None, WeightMasks | None]:
+        """Units and masks as they are live already.
 
-    def _live_target(self, prunable: Mapping[str, nn.Parameter]) -> int:
-        """The budget in whole numbers; density counts against the *dense* network, units included."""
-        available = sum(parameter.numel() for parameter in prunable.values())
-        if self.config.live_parameters is not None:
-            live, key = self.config.live_parameters, f"live_parameters: {self.config.live_parameters:,}"
-            least = f"at least {len(prunable)} are needed"
-        else:
-            live, key = round((self.config.density or 0) * self._total), f"density: {self.config.density}"
-            least = f"the least that can work is {len(prunable) / self._total:.2g}"
-        if live < len(prunable):
+        Raises:
+            ValueError: they do not fit the model, or the configuration asks for others.
+        """
+        config, model = self.config, self.model
+        prunable = prunable_weights(model, config.include, config.exclude)
+        odd = sorted(set(given.masks) - set(prunable))
+        if odd:
+            raise ValueError(f"resume_from: there is a mask of {odd[0]}, which is no prunable weight of this model")
+        if bool(given.masks) != config.masks_weights:
             raise ValueError(
-                f"{key} of {self._total:,} prunable weights leaves {live:,} live, fewer than one in each of the "
-                f"{len(prunable)} layers; {least}"
+                f"resume_from: it {'has' if given.masks else 'has no'} weight masks; set density to "
+                f"{'its share of live weights' if given.masks else 'null'}"
             )
-        if live > available == self._total:
-            raise ValueError(f"{key} is more than the {self._total:,} prunable weights that the model has")
-        if live > available:
-            raise ValueError(
-                f"{key} asks for {live:,} live weights, but head_density {self.config.head_density} and "
-                f"neuron_density {self.config.neuron_density} leave {available:,} of {self._total:,} "
-                f"({available / self._total:.4f}); lower density to that or less, or set it to null"
-            )
-        return live
+        units = None
+        if given.live_heads or given.live_neurons:
+            generator = torch.Generator().manual_seed(config.seed)
+            units = UnitSwaps.of_compact(model, given, config, generator=generator)
+        weights = None
+        if given.masks:
+            weights = WeightMasks.of_masks(prunable, given.masks, config)
+            live = weights.live_count()
+            wanted = config.live_parameters or round((config.density or 0) * total)
+            if abs(wanted - live) > 0.005 * total:
+                raise ValueError(
+                    f"resume_from: {live:,} of {total:,} weights are live ({live / total:.4f}), and the configuration "
+                    f"asks for {wanted:,}; give density={live / total:.4f}: the budget stays as it is"
+                )
+        return units, weights
 
     @property
     def masks(self) -> dict[str, Tensor]:
         """Bool masks of the (compact) weight tensors by parameter name; True is live."""
         return self._weights.masks if self._weights else {}
+
+    @property
+    def live_network(self) -> LiveNetwork:
+        """Everything that is live, for a scheduler that goes on from here."""
+        return LiveNetwork(
+            {name: mask.clone() for name, mask in self.masks.items()},
+            self.live_heads,
+            self.live_neurons,
+            self.dense_heads,
+            self.dense_neurons,
+        )
 
     @property
     def live_heads(self) -> dict[str, tuple[int, ...]]:
@@ -176,9 +199,14 @@ class SparsityScheduler:
 
     @property
     def budget(self) -> Budget:
-        """Live and total prunable weights, counted now."""
+        """Live and total prunable weights, counted now, in the tensors.
+
+        A dead weight that something else has written to is put right first, or would be counted.
+        """
         if self._weights:
-            return Budget(self._weights.live_count(), self._total)
+            if self._following is not None:
+                self._enforcement.look(everywhere=True)
+            return Budget(self._weights.live_count() + self._enforcement.count_revived(), self._total)
         return Budget(sum(parameter.numel() for parameter in self._prunable.values()), self._total)
 
     @property
@@ -196,30 +224,26 @@ class SparsityScheduler:
         """Whether the next optimizer step, if it counts, ends in an update."""
         return self.schedule.is_update(self._exact_step() + 1)
 
-    def attach(self, optimizer: torch.optim.Optimizer, ema: nn.Module | None = None) -> None:
+    def attach(
+        self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], ema: nn.Module | None = None
+    ) -> None:
         """Follow an optimizer: mask gradients from now on, count its steps, change its state at updates.
 
         Args:
-            optimizer: holds every prunable parameter of the model; in a wrapper of Accelerate or Lightning too.
+            optimizer: one, or several in a list, that together hold every prunable parameter of the model; in a
+                wrapper of Accelerate or Lightning too. Several count as one step when each has stepped once.
             ema: a model whose parameters average those of this one (timm's ``ModelEmaV3``,
                 ``torch.optim.swa_utils.AveragedModel``, or any module of the same names); it is kept as sparse.
 
         Raises:
-            ValueError: if the optimizer's state is not understood, it lacks prunable parameters, or the EMA's
+            ValueError: if an optimizer's state is not understood, they lack prunable parameters, or the EMA's
                 parameters are other than the model's.
         """
-        if self._optimizer is not None:
+        if self._following is not None:
             raise ValueError("the scheduler is attached to an optimizer already; call detach() first")
-        while isinstance(wrapped := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = wrapped
-        check_supported(optimizer)
-        owned = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        missing = [name for name, parameter in self._prunable.items() if id(parameter) not in owned]
-        if missing:
-            raise ValueError(
-                f"the optimizer lacks {len(missing)} prunable parameters, {missing[0]} among them; build it from "
-                "the model's parameters after the scheduler, or exclude frozen layers"
-            )
+        self._check_places()
+        optimizers = unwrap(optimizer)
+        check_optimizers(optimizers, self._prunable)
         frozen = [name for name, parameter in self._prunable.items() if not parameter.requires_grad]
         if frozen:
             raise ValueError(
@@ -227,25 +251,39 @@ class SparsityScheduler:
                 f"exclude=({frozen[0].removesuffix('.weight')!r},), or let them train"
             )
         self._ema = self._same_names(ema) if ema is not None else None
+        self._follow(optimizers)
+        self._loaded = True
+
+    def _follow(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Install all hooks."""
         if self._weights:
             self._weights.follow_device()
-            self._weights.install()
+            self._weights.install(self._enforcement.gradient_arrived)
         if self._units:
             parameters = dict(self.model.named_parameters())
             for group in self._units.groups:
                 group.follow(parameters)
-        self._optimizer = optimizer
-        self._stepped = self._passes = 0
-        self._enforce = True
-        first = next(iter(self._prunable.values()))
-        self._handles = [
-            first.register_hook(self._count_pass),
-            optimizer.register_step_pre_hook(self._before_optimizer_step),
-            optimizer.register_step_post_hook(self._after_optimizer_step),
-            optimizer.register_load_state_dict_post_hook(self._something_was_loaded),
-            self.model.register_load_state_dict_post_hook(self._something_was_loaded),
-        ]
+        self._following = Following(
+            optimizers,
+            self.model,
+            next(iter(self._prunable.values())),
+            before=self._before_optimizer_step,
+            after=self._after_optimizer_step,
+            loaded=self._something_was_loaded,
+        )
+        self._following.passes_per_step = self._passes_per_step
+        self._enforcement.always = self._following.optimizers.updates_are_dense
+        self._enforcement.remember()
         self._arm()
+
+    def _check_places(self) -> None:
+        """Raises RuntimeError where a layer was replaced by another: its weights would be in no budget."""
+        gone = [name for name, place in self._places.items() if not place.holds_it]
+        if gone:
+            raise RuntimeError(
+                f"{gone[0]} is another parameter than the scheduler was built with; replace layers before the "
+                "scheduler is built, or build a new one by resume_from=scheduler"
+            )
 
     def _same_names(self, ema: nn.Module) -> nn.Module:
         """The module, of ``ema`` and what it wraps, whose parameters are called as the model's."""
@@ -264,15 +302,47 @@ class SparsityScheduler:
             return {}
         return {name: parameter.data for name, parameter in self._ema.named_parameters(remove_duplicate=False)}
 
-    def detach(self) -> None:
-        """Take all hooks away; masks and weights stay as they are."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+    @torch.no_grad()
+    def enforce(self) -> None:
+        """Set whatever is dead to 0: in weights, gradients, moments and the EMA.
+
+        Dead weights are held at 0 around every optimizer step. Call this where you write to weights on purpose and use
+        them before the next step: after averaging, loading or perturbing them.
+        """
+        if self._weights is None:
+            return
+        self._weights.follow_device()
+        self._enforcement.enforce(self._following.optimizers if self._following is not None else None)
+        for name, tensor in self._averages().items():
+            if name in self.masks:
+                zero_dead(tensor, self.masks[name].to(tensor.device))
+
+    def detach(self, *, release: bool = False) -> None:
+        """Take all hooks away; masks and weights stay as they are.
+
+        Where the schedule was not reached, it says so: ``total_steps`` counts optimizer steps, not batches.
+
+        Args:
+            release: give the model free, so that another scheduler may be built on it.
+        """
+        if self._following is not None:
+            self._exact_step()
+            self._passes_per_step = self._following.passes_per_step
+            self._following.remove()
+            self._following = None
+            missed = [step for step in self.schedule.update_steps if step > self._step]
+            if missed and self._step:
+                warnings.warn(
+                    f"the schedule was not reached: {self._step:,} of {self.schedule.total_steps:,} optimizer steps "
+                    f"and {self._updates} of {len(self.schedule.update_steps)} updates came; total_steps counts steps "
+                    "of the optimizer, which gradient accumulation makes fewer than batches",
+                    stacklevel=2,
+                )
         if self._weights:
             self._weights.remove()
-        self._optimizer = None
         self._ema = None
+        if release:
+            release_model(self.model)
 
     def step(self, closure: LossClosure | None = None) -> MaskUpdate | None:
         """Call after each ``optimizer.step()``. Runs an update if one is due.
@@ -291,15 +361,22 @@ class SparsityScheduler:
             ValueError: if an update of heads or neurons is due and there is no closure.
             DisagreementError: on every process, if after an update they hold different masks.
         """
-        if self._optimizer is None:
+        if self._following is None:
             raise RuntimeError("scheduler.step() before scheduler.attach(optimizer)")
-        stepped, self._stepped = self._stepped, 0
+        self._check_places()
+        stepped = self._following.take_steps()
         if stepped > 1:
             raise RuntimeError(
                 f"the optimizer stepped {stepped} times since the last scheduler.step(); call it each time"
             )
         if stepped == 0:
+            if self._following.passes and self._enforcement.written_by_others():
+                raise RuntimeError(
+                    "all weights were written, but not by the optimizer that the scheduler is attached to; a new "
+                    "optimizer needs scheduler.detach() and scheduler.attach(optimizer)"
+                )
             return None
+        self._enforcement.look(everywhere=False)
         self._step += 1
         update = None
         due = self.schedule.next_update(self._last_update + 1)
@@ -308,12 +385,14 @@ class SparsityScheduler:
             former = {f"former {what}": value for what, value in self._facts().items()}
             update = self._update(closure)
             self._last_update = self._step
+            self._updates += 1
             check_agreement({**former, **self._facts()}, self._device, f"after the update at step {self._step}")
         self._arm(together=True)
         return update
 
     def _update(self, closure: LossClosure | None) -> MaskUpdate | None:
-        assert self._optimizer is not None
+        assert self._following is not None
+        optimizers = self._following.optimizers
         if self._units and self._units.groups and closure is None:
             raise ValueError(
                 "an update of heads and neurons needs the loss of one batch: "
@@ -321,6 +400,7 @@ class SparsityScheduler:
             )
         self._synchronize()
         started = time.perf_counter()
+        self._enforcement.look(everywhere=True)
         drop_fraction = self.schedule.fraction(self._step)
         swaps: dict[int, Swap] = {}
         notes: list[str] = []
@@ -330,17 +410,21 @@ class SparsityScheduler:
             swaps, notes = self._units.update(
                 closure,
                 drop_fraction,
-                optimizer=self._optimizer,
+                optimizer=optimizers,
                 ema=averages,
                 masks=self.masks,
             )
             fresh = self._units.fresh(swaps, self.masks)
         ranked = self._weights is None or self.config.grow == "random" or self._weights.growth.holds_gradient
-        layers = self._weights.update(drop_fraction, self._optimizer, averages, fresh) if self._weights else {}
+        layers = self._weights.update(drop_fraction, optimizers, averages, fresh) if self._weights else {}
         if not ranked:
             notes.append("no finite growth gradient was collected: the weight masks did not change")
+        revived = self._enforcement.note()
+        if revived is not None:
+            notes.append(revived)
         for note in notes:
             warnings.warn(note, stacklevel=3)
+        self._enforcement.remember()
         self._synchronize()
         return MaskUpdate(
             step=self._step,
@@ -367,31 +451,7 @@ class SparsityScheduler:
         return next(iter(self._prunable.values())).device
 
     def _block_report(self, swaps: Mapping[int, Swap]) -> dict[str, BlockUpdate]:
-        if self._units is None:
-            return {}
-        nothing = Swap((), (), ())
-        found: dict[tuple[str, str], tuple[Swap, int]] = {}
-        for index, group in enumerate(self._units.groups):
-            found[group.group.block, group.group.kind] = (swaps.get(index, nothing), len(group.explored))
-        heads, neurons = self._units.totals("head"), self._units.totals("neuron")
-        live_heads, live_neurons = self.live_heads, self.live_neurons
-        report = {}
-        for name in self._units.blocks:
-            head_swap, explored_heads = found.get((name, "head"), (nothing, heads[name]))
-            neuron_swap, explored_neurons = found.get((name, "neuron"), (nothing, neurons[name]))
-            report[name] = BlockUpdate(
-                heads_removed=head_swap.removed,
-                heads_added=head_swap.added,
-                neurons_removed=neuron_swap.removed,
-                neurons_added=neuron_swap.added,
-                live_heads=tuple(sorted(live_heads[name])),
-                heads=heads[name],
-                live_neurons=len(live_neurons[name]),
-                neurons=neurons[name],
-                explored_heads=explored_heads,
-                explored_neurons=explored_neurons,
-            )
-        return report
+        return self._units.report(swaps) if self._units is not None else {}
 
     def _synchronize(self) -> None:
         """Wait for the device, so that the reported seconds are the update's own."""
@@ -413,7 +473,7 @@ class SparsityScheduler:
         if due is None or self._step + most < due or self._exact_step() + most < due:
             self._weights.collect(False)
             return
-        ahead = max(1, -(-most // self._passes_per_step))
+        ahead = max(1, -(-most // self._passes()))
         collecting = self._step + ahead >= due
         if together and most > 1:
             collecting = on_any_process(collecting, self._device)
@@ -421,49 +481,40 @@ class SparsityScheduler:
 
     def _exact_step(self) -> int:
         """The step number less the steps that a fused optimizer skipped on the device; this reads the device."""
-        if self._skipped is not None:
-            self._step -= int(self._skipped)
-            self._skipped = None
+        if self._following is not None:
+            self._step -= self._following.take_skipped()
         return self._step
 
-    def _count_pass(self, _: Tensor) -> None:
-        if next(iter(self._prunable.values())).grad is None:
-            self._passes = 0  # an optimizer step begins: passes of one that was dropped do not count
-        self._passes += 1
-
-    @torch.no_grad()
-    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if not self._enforce:
+    def _before_optimizer_step(self) -> None:
+        if self._weights is None:
             return
-        # Once, when all states are loaded in whatever order: before, the masks might be the wrong ones.
-        self._enforce = False
-        if self._weights:
-            self._weights.enforce(optimizer)
-            for name, tensor in self._averages().items():
-                if name in self.masks:
-                    tensor.mul_(self.masks[name].to(tensor.device))
+        if self._loaded:
+            # Once, when all states are loaded in whatever order: before, the masks might be the wrong ones.
+            self._loaded = False
+            self.enforce()
+        if self._weights.growth.collecting:
+            self._weights.take_assigned_gradients(self._enforcement.clean_gradients)
+        self._enforcement.before_step()
 
     def _something_was_loaded(self, *_: Any) -> None:
-        self._enforce = True
+        self._loaded = True
 
     @torch.no_grad()
-    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        self._stepped += 1
-        if self._weights and self._weights.growth.collecting:
+    def _after_optimizer_step(self) -> None:
+        if self._weights is None:
+            return
+        if self._weights.growth.collecting:
             self._weights.growth.finish_step(self._weights.parameters, self.masks)
-        self._passes_per_step, self._passes = max(self._passes, 1), 0
-        # GradScaler lets a fused optimizer skip the step by itself and leaves its verdict here, on the device.
-        found_inf = getattr(optimizer, "found_inf", None)
-        if isinstance(found_inf, Tensor):
-            skipped = found_inf.detach().reshape(()).clone()
-            self._skipped = skipped if self._skipped is None else self._skipped + skipped
+        self._enforcement.after_step()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides future masks, as tensors, numbers, strings, lists and dictionaries."""
+        if self._weights and self._following is not None:
+            self._enforcement.look(everywhere=True)
         return {
             "step": self._exact_step(),
             "last_update": self._last_update,
-            "passes_per_step": self._passes_per_step,
+            "passes_per_step": self._passes(),
             "total_steps": self.schedule.total_steps,
             "weights": self._weights.state_dict() if self._weights else None,
             "units": self._units.state_dict() if self._units else None,
@@ -489,53 +540,26 @@ class SparsityScheduler:
             self._weights.load_state_dict(state["weights"])
         self._step, self._last_update = int(state["step"]), int(state["last_update"])
         self._passes_per_step = int(state["passes_per_step"])
-        self._skipped, self._stepped, self._passes = None, 0, 0
+        self._updates = sum(step <= self._last_update for step in self.schedule.update_steps)
+        self._enforcement.remember()
+        if self._following is not None:
+            self._following.reset(self._passes_per_step)
         self._arm()
 
+    def _passes(self) -> int:
+        """Backward passes of an optimizer step."""
+        return self._following.passes_per_step if self._following is not None else self._passes_per_step
 
-def prunable_weights(
-    model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> dict[str, nn.Parameter]:
-    """The weights of ``Linear`` and ``Conv2d`` by name, in the model's order; a shared one under its first name.
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: all but the hooks, which the copy installs on its own optimizer."""
+        following = self._following
+        state = {**self.__dict__, "_following": None, "_passes_per_step": self._passes()}
+        state["_attached"] = list(following.optimizers.members) if following is not None else None
+        return state
 
-    A pattern matches the parameter's name or its module's, as in a shell.
-
-    Raises:
-        ValueError: if a pattern matches nothing, listing close names; or nothing is left to prune.
-    """
-    never = set(getattr(model, "no_sparsity", set)())
-    parameters: dict[str, Any] = {}
-    seen: set[int] = set()
-    for module_name, module in model.named_modules():
-        # Not a weight that is computed from others, as weight_norm's
-        plain = isinstance(module, (nn.Linear, nn.Conv2d)) and isinstance(
-            module._parameters.get("weight"), nn.Parameter
-        )
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and plain and id(module.weight) not in seen:
-            name = f"{module_name}.weight" if module_name else "weight"
-            seen.add(id(module.weight))
-            if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in never):
-                parameters[name] = module.weight
-    if not parameters:
-        raise ValueError(f"{type(model).__name__} has no Linear or Conv2d weight to prune")
-
-    def matching(key: str, patterns: Sequence[str]) -> set[str]:
-        found: set[str] = set()
-        for pattern in patterns:
-            hits = {
-                name
-                for name in parameters
-                if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern)
-            }
-            if not hits:
-                names = [*parameters, *(name.removesuffix(".weight") for name in parameters)]
-                close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or list(parameters)[:3]
-                raise ValueError(f"{key}: {pattern!r} matches no prunable weight; close names: {', '.join(close)}")
-            found |= hits
-        return found
-
-    chosen = matching("include", include) if include else set(parameters)
-    chosen -= matching("exclude", exclude) if exclude else set()
-    if not chosen:
-        raise ValueError("include and exclude leave no weight to prune")
-    return {name: parameter for name, parameter in parameters.items() if name in chosen}
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        attached = state.pop("_attached")
+        self.__dict__.update(state)
+        claim(self.model, self)
+        if attached is not None:
+            self._follow(attached)

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_trainer.agreement import process_count, sum_over_processes
-from sparse_trainer.optimizer_state import is_second_moment, moments
+from sparse_trainer.budget import count_units
+from sparse_trainer.optimizer_state import Optimizers, is_second_moment, moments
+from sparse_trainer.report import BlockUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.units import UnitGroup, UnitSlice, constant_output, find_blocks, keep
 
@@ -38,23 +40,49 @@ class Swap:
 
 
 class LiveUnits:
-    """The live units and the candidates of one group (the heads, or the neurons, of one block)."""
+    """The live units and the candidates of one group (the heads, or the neurons, of one block).
+
+    Args:
+        live: unit in each slot.
+        remember_first: whether a unit that comes back is to be as it is now.
+        total: units of the dense network, where the model is compact already; its candidates are then drawn.
+        generator: draws them.
+    """
 
     def __init__(
-        self, model: nn.Module, group: UnitGroup, live: Sequence[int], *, remember_first: bool = False
+        self,
+        model: nn.Module,
+        group: UnitGroup,
+        live: Sequence[int],
+        *,
+        remember_first: bool = False,
+        total: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> None:
-        total = group.count()
         parameters = dict(model.named_parameters())
         self.group = group
-        self.total = total
+        self.total = group.count() if total is None else total
         self.live = list(live)  #: unit in each slot
-        self.dormant = [unit for unit in range(total) if unit not in set(live)]  #: unit of each candidate
-        self.candidates = {part.name: part.take(parameters[part.name].detach(), self.dormant) for part in group.slices}
+        self.dormant = [unit for unit in range(self.total) if unit not in set(live)]  #: unit of each candidate
+        if total is None:
+            self.candidates = {p.name: p.take(parameters[p.name].detach(), self.dormant) for p in group.slices}
+        else:  # of a compact model, which has the live units alone
+            assert generator is not None
+            self.candidates = {
+                p.name: _fresh(p, parameters[p.name].detach(), len(self.dormant), generator) for p in group.slices
+            }
         #: All units of the group as they are now, where they are to come back like that; else empty.
         self.first = {part.name: parameters[part.name].detach().clone() for part in group.slices if remember_first}
         self.credit = 0.0  #: share of a unit that is due to be replaced and was not yet
         self.explored = set(live)
         self.last = Swap((), (), ())
+
+    def remember_first(self, parameters: Mapping[str, Tensor]) -> None:
+        """Let units come back as they are now: the live ones from the model, the others from the candidates."""
+        for part in self.group.slices:
+            both = part.join(parameters[part.name].detach(), self.candidates[part.name])
+            order = torch.tensor([*self.live, *self.dormant]).argsort()
+            self.first[part.name] = part.take(both, order)
 
     def follow(self, parameters: Mapping[str, Tensor]) -> None:
         """Bring the candidates to the device and type of the model."""
@@ -171,6 +199,74 @@ class UnitSwaps:
             self.groups.append(LiveUnits(model, group, live, remember_first=config.candidates == "first"))
             keep(model, group, live, fold_biases=by_score)
 
+    @classmethod
+    def of_compact(
+        cls, model: nn.Module, given: Any, config: SparsityConfig, *, generator: torch.Generator
+    ) -> UnitSwaps:
+        """Go on with the live units of a compact model; candidates are drawn anew, with the spread of the live ones.
+
+        Args:
+            given: ``live_heads``, ``live_neurons``, ``dense_heads``, ``dense_neurons`` by block.
+
+        Raises:
+            ValueError: the numbers do not fit the model, or the configuration asks for other shares.
+        """
+        made = cls.__new__(cls)
+        made.model, made.config, made.blocks = model, config, find_blocks(model)
+        made.groups = []
+        for name, block in made.blocks.items():
+            for group, live, totals, density in (
+                (block.heads, given.live_heads, given.dense_heads, config.head_density),
+                (block.neurons, given.live_neurons, given.dense_neurons, config.neuron_density),
+            ):
+                here, total = tuple(live.get(name, range(group.count()))), totals.get(name, group.count())
+                if len(here) != group.count() or not set(here) <= set(range(total)):
+                    raise ValueError(
+                        f"resume_from: {name} has {group.count()} {group.kind}s, and {len(here)} of {total} are live"
+                    )
+                if count_units(density, total, group.kind) != len(here):
+                    raise ValueError(
+                        f"resume_from: {len(here)} of {total} {group.kind}s of {name} are live, and the configuration "
+                        f"asks for {density} of them; give {group.kind}_density={len(here) / total:.4g}"
+                    )
+                if len(here) < total:
+                    remember = config.candidates == "first"
+                    units = LiveUnits(model, group, here, remember_first=False, total=total, generator=generator)
+                    if remember:
+                        units.remember_first(dict(model.named_parameters()))
+                    made.groups.append(units)
+        return made
+
+    def report(self, swaps: Mapping[int, Swap]) -> dict[str, BlockUpdate]:
+        """What an update did, by block.
+
+        Args:
+            swaps: of :meth:`update`.
+        """
+        nothing = Swap((), (), ())
+        found: dict[tuple[str, str], tuple[Swap, int]] = {}
+        for index, units in enumerate(self.groups):
+            found[units.group.block, units.group.kind] = (swaps.get(index, nothing), len(units.explored))
+        heads, neurons = self.totals("head"), self.totals("neuron")
+        live_heads, live_neurons = self.live("head"), self.live("neuron")
+        report = {}
+        for name in self.blocks:
+            head_swap, explored_heads = found.get((name, "head"), (nothing, heads[name]))
+            neuron_swap, explored_neurons = found.get((name, "neuron"), (nothing, neurons[name]))
+            report[name] = BlockUpdate(
+                heads_removed=head_swap.removed,
+                heads_added=head_swap.added,
+                neurons_removed=neuron_swap.removed,
+                neurons_added=neuron_swap.added,
+                live_heads=tuple(sorted(live_heads[name])),
+                heads=heads[name],
+                live_neurons=len(live_neurons[name]),
+                neurons=neurons[name],
+                explored_heads=explored_heads,
+                explored_neurons=explored_neurons,
+            )
+        return report
+
     def live(self, kind: str) -> dict[str, tuple[int, ...]]:
         """Live units by block, in slot order, of ``head`` or ``neuron``; all of them where none is dormant."""
         dense = {
@@ -189,7 +285,7 @@ class UnitSwaps:
         closure: LossClosure,
         drop_fraction: float,
         *,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         ema: Mapping[str, Tensor],
         masks: Mapping[str, Tensor],
     ) -> tuple[dict[int, Swap], list[str]]:
@@ -203,7 +299,12 @@ class UnitSwaps:
             the swaps by index into :attr:`groups`, and warnings.
         """
         round_up = self.config.unit_counts == "round_up"
-        due = [units.due(drop_fraction, round_up=round_up) for units in self.groups]
+        before = dict(self.model.named_parameters())
+        frozen = [not all(before[part.name].requires_grad for part in units.group.slices) for units in self.groups]
+        due = [
+            (0, units.credit) if still else units.due(drop_fraction, round_up=round_up)
+            for units, still in zip(self.groups, frozen, strict=True)
+        ]
         probed = [index for index, (count, _) in enumerate(due) if count]
         scores = []
         if probed:
@@ -239,7 +340,7 @@ class UnitSwaps:
         units: LiveUnits,
         swap: Swap,
         parameters: Mapping[str, nn.Parameter],
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         ema: Mapping[str, Tensor],
         masks: Mapping[str, Tensor],
     ) -> None:
@@ -297,6 +398,16 @@ class UnitSwaps:
             raise ValueError(f"the saved units are of other blocks than the model's: {', '.join(odd[:4])}")
         for name, group in expected.items():
             group.load_state_dict(state[name])
+
+
+def _fresh(part: UnitSlice, live: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """New values for ``count`` units in the layout of ``live``: weights with the spread of the live ones, biases 0."""
+    shape = list(live.shape)
+    shape[part.dim] = part.groups * count * part.size
+    if live.ndim == 1:
+        return live.new_zeros(shape)
+    drawn = torch.randn(shape, generator=generator) * float(live.float().std())
+    return drawn.to(live)
 
 
 def _restart_moments(part: UnitSlice, key: str, value: Tensor, slots: Tensor, mask: Tensor | None, seed: bool) -> None:

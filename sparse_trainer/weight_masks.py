@@ -7,7 +7,8 @@ exploration rate). The dense growth gradient exists only on the steps that colle
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,7 +32,8 @@ from sparse_trainer.masks import (
     unpack_bits,
     zero_dead,
 )
-from sparse_trainer.optimizer_state import carry_over, moments
+from sparse_trainer.optimizer_state import Optimizers, carry_over
+from sparse_trainer.prunable import matrices
 from sparse_trainer.report import LayerUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 
@@ -114,6 +116,10 @@ class GrowthGradient:
             self._step, self._mean, self._steps = {}, {}, 0
         self.collecting = now
 
+    def holds(self, name: str) -> bool:
+        """Whether this optimizer step brought a gradient of ``name``."""
+        return name in self._step
+
     @property
     def holds_gradient(self) -> bool:
         """Whether a finite gradient was collected."""
@@ -136,6 +142,35 @@ class GrowthGradient:
         self._step = {}
 
 
+def allocation_of(shapes: Mapping[str, Sequence[int]], live: int, distribution: str) -> dict[str, int]:
+    """Live elements of each prunable tensor (:func:`sparse_trainer.budget.allocate`); some hold several matrices.
+
+    Raises:
+        ValueError: if the budget does not fit.
+    """
+    parts = {
+        (name, index): shape for name, whole in shapes.items() for index, shape in enumerate(matrices(name, whole))
+    }
+    names = {f"{name}[{index}]" if index else name: (name, index) for name, index in parts}
+    counts = allocate({label: parts[key] for label, key in names.items()}, live, distribution)
+    result = dict.fromkeys(shapes, 0)
+    for label, (name, _) in names.items():
+        result[name] += counts[label]
+    return result
+
+
+def _masker(name: str, arrived: Callable[[str, Tensor], None]) -> Callable[[Tensor], None]:
+    # A weak reference: torch never frees a parameter whose hook leads back to it.
+    weak = weakref.WeakMethod(arrived)
+
+    def mask_gradient(parameter: Tensor) -> None:
+        method = weak()
+        if method is not None and parameter.grad is not None:
+            method(name, parameter.grad)
+
+    return mask_gradient
+
+
 class WeightMasks:
     """Masks over single weights under one exact count.
 
@@ -143,23 +178,50 @@ class WeightMasks:
         parameters: the prunable weights by name. Their dead elements are set to 0 here.
         live: live elements over all of them.
         config: distribution, growth and seed.
+        masks: the first masks; drawn or chosen by ``config`` if None.
 
     Raises:
         ValueError: if the budget does not fit.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], live: int, config: SparsityConfig) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        live: int,
+        config: SparsityConfig,
+        *,
+        masks: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.parameters = dict(parameters)
         self.config = config
         self.generator = torch.Generator().manual_seed(config.seed)
         self.growth = GrowthGradient()
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        self.allocation = allocate(shapes, live, config.distribution)
-        self.masks = {name: self._first_mask(name) for name in shapes}
+        self.allocation = allocation_of(shapes, live, config.distribution)
+        self.masks = {name: self._first_mask(name) for name in shapes} if masks is None else dict(masks)
         self._ever_live = {name: pack_bits(mask) for name, mask in self.masks.items()}
         self._handles: list[RemovableHandle] = []
         self._collectors: list[RemovableHandle] = []
         self.apply()
+
+    @classmethod
+    def of_masks(
+        cls, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], config: SparsityConfig
+    ) -> WeightMasks:
+        """Go on with the masks that there are. A layer of another shape gets a new one of the same density."""
+        generator = torch.Generator().manual_seed(config.seed)
+        first = {}
+        for name, parameter in parameters.items():
+            mask = masks.get(name)
+            if mask is None:
+                mask = torch.ones(parameter.shape, dtype=torch.bool)
+            elif mask.shape != parameter.shape:
+                count = max(1, round(count_live(mask.cpu()) / mask.numel() * parameter.numel()))
+                mask = random_mask(tuple(parameter.shape), count, generator)
+            first[name] = mask.to(parameter.device).clone()
+        made = cls(parameters, sum(map(count_live, first.values())), config, masks=first)
+        made.allocation = {name: count_live(mask) for name, mask in first.items()}
+        return made
 
     def _first_mask(self, name: str) -> Tensor:
         """As many live elements as were allocated: of greatest magnitude where the weights are trained, else random."""
@@ -182,24 +244,18 @@ class WeightMasks:
             if self.masks[name].device != parameter.device:
                 self.masks[name] = self.masks[name].to(parameter.device)
 
-    @torch.no_grad()
-    def enforce(self, optimizer: torch.optim.Optimizer) -> None:
-        """Set whatever is not live to 0 in weights, gradients and moments, as after a state was loaded."""
-        self.apply()
-        for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                zero_dead(parameter.grad, self.masks[name])
-            for _, value in moments(optimizer, parameter):
-                zero_dead(value, self.masks[name])
-
     def live_count(self) -> int:
         """Live elements, counted on the masks."""
         return sum(count_live(mask) for mask in self.masks.values())
 
-    def install(self) -> None:
-        """Hook the gradients, so that nothing after a backward pass sees a dead one."""
+    def install(self, arrived: Callable[[str, Tensor], None]) -> None:
+        """Hook the gradients, so that nothing after a backward pass sees a dead one.
+
+        Args:
+            arrived: zeroes what is dead in the gradient of a name.
+        """
         for name, parameter in self.parameters.items():
-            self._handles.append(parameter.register_post_accumulate_grad_hook(self._masker(name)))
+            self._handles.append(parameter.register_post_accumulate_grad_hook(_masker(name, arrived)))
 
     def remove(self) -> None:
         """Take the hooks away again."""
@@ -215,7 +271,8 @@ class WeightMasks:
         self.growth.collect(now)
         if now and self._handles and not self._collectors:
             for name, parameter in self.parameters.items():
-                self._collectors.append(parameter.register_hook(self._collector(name)))
+                if parameter.requires_grad:  # not if it was frozen meanwhile
+                    self._collectors.append(parameter.register_hook(self._collector(name)))
         while not now and self._collectors:
             self._collectors.pop().remove()
 
@@ -225,21 +282,21 @@ class WeightMasks:
 
         return collect
 
-    def _masker(self, name: str) -> Any:
-        # Not self, which leads back to the parameter: torch never frees a parameter with such a hook.
-        masks = self.masks
+    def take_assigned_gradients(self, arrived: Container[str]) -> None:
+        """Collect gradients that no backward pass brought, such as those of ``torch.autograd.grad``: they are dense.
 
-        def mask_gradient(parameter: Tensor) -> None:
-            if parameter.grad is not None:
-                zero_dead(parameter.grad, masks[name])
-
-        return mask_gradient
+        Args:
+            arrived: names of the gradients that came by a backward pass.
+        """
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None and name not in arrived and not self.growth.holds(name):
+                self.growth.add(name, parameter.grad, None)
 
     @torch.no_grad()
     def update(
         self,
         drop_fraction: float,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         ema: Mapping[str, Tensor],
         frozen: Mapping[str, Tensor],
     ) -> dict[str, LayerUpdate]:
@@ -286,7 +343,7 @@ class WeightMasks:
         self,
         name: str,
         change: MaskChange,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         average: Tensor | None,
         gradient: Tensor | None,
     ) -> LayerUpdate:
@@ -372,6 +429,10 @@ class WeightMasks:
             score = gradients[name].abs().float()
             return score if float(score.amax()) > 0 else None
         return torch.rand(parameter.shape, generator=self.generator).to(parameter.device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and files: without the hooks."""
+        return {**self.__dict__, "_handles": [], "_collectors": []}
 
     def state_dict(self) -> dict[str, Any]:
         return {

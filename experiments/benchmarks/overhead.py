@@ -22,7 +22,7 @@ def benchmark_overhead(setting: Setting, weights: Weights) -> list[Figure]:
     """
     device = setting.on
     model = make_model(setting).train()
-    config = SparsityConfig(density=weights.density, update_every=10**6)
+    config = SparsityConfig(density=weights.density, updates=0)
     scheduler = SparsityScheduler(model, config, total_steps=10**7)
     # One model, one optimizer and one batch for both: the only difference is whether the scheduler is attached.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_trainer import units
+from sparse_trainer.construction import LiveNetwork
 from sparse_trainer.files.rebuild import (
     ModelFactory,
     build_without_memory,
@@ -44,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "SparseFile",
     "SparseInfo",
+    "live_network",
     "load_resume",
     "load_sparse",
     "load_sparse_masks",
@@ -225,6 +227,36 @@ def load_sparse_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         CheckpointError: if the file is damaged.
     """
     return dict(read_sparse(path).masks)
+
+
+def live_network(path: str | os.PathLike[str], *, create_model: ModelFactory | None = None) -> LiveNetwork:
+    """What is live in a sparse checkpoint, for a scheduler that trains on from it::
+
+        model = load_sparse(path)
+        scheduler = SparsityScheduler(model, config, total_steps=1000, resume_from=live_network(path))
+
+    Between the two lines the model may get another classifier, image size or number of channels by timm's own methods
+    (``reset_classifier``, ``set_input_size``): a layer of another shape gets a new mask of the same density.
+
+    Args:
+        create_model: as for :func:`load_sparse`.
+
+    Raises:
+        CheckpointError: if the file is damaged, or its model cannot be built.
+    """
+    contents = read_sparse(path)
+    info = contents.info
+    heads: dict[str, int] = {}
+    neurons: dict[str, int] = {}
+    if info.live_heads or info.live_neurons:
+        try:
+            dense = build_without_memory(replace(info, live_heads={}, live_neurons={}, selector=None), create_model)
+            blocks = units.find_blocks(dense)
+        except Exception as error:
+            raise CheckpointError(f"{path}: the dense model cannot be built: {str(error)[:300]}") from error
+        heads = {name: block.heads.count() for name, block in blocks.items()}
+        neurons = {name: block.neurons.count() for name, block in blocks.items()}
+    return LiveNetwork(dict(contents.masks), dict(info.live_heads), dict(info.live_neurons), heads, neurons)
 
 
 def read_sparse(path: str | os.PathLike[str]) -> SparseFile:

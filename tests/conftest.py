@@ -22,6 +22,17 @@ TINY = {
 """Arguments that make timm's DeiT names tiny: 16 patches, 3 heads of 8, 96 neurons."""
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+"""For tests that hold on both; on a machine without a GPU the second one is skipped."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="there is no GPU"))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

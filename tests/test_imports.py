@@ -67,6 +67,7 @@ PACKAGES = {
     "benchmarks": 9,
     "grids": 10,
     "commands": 11,
+    "gpu": 12,
     "trials": 12,
     "__main__": 13,
 }

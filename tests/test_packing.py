@@ -152,7 +152,7 @@ def test_the_kernel_for_unequal_lengths_is_called_as_documented(monkeypatch: pyt
     torch.testing.assert_close(attend_varlen(*heads, layout), one_at_a_time(*heads, layout), atol=1e-5, rtol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attention_on_a_gpu(dtype: torch.dtype) -> None:
     lengths = [5, 2, 9, 5]

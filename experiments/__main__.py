@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -23,6 +24,12 @@ def commands() -> dict[str, str]:
     return {name: text for name, text in COMMANDS.items() if find_spec(f"experiments.commands.{name}") is not None}
 
 
+def with_home(argument: str) -> str:
+    """``--config=~/my.yaml`` or ``"~/runs"`` with the home folder, which a shell puts in only where a word begins."""
+    option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{option}{equals}{os.path.expanduser(value)}" if value.startswith("~/") else argument
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Only the module of the sub-command is imported."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -37,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"sparse-trainer {metadata.version('sparse-trainer')}")
         return 0
-    command, *rest = arguments
+    command, *rest = map(with_home, arguments)
     if command not in there:
         close = difflib.get_close_matches(command, there, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"

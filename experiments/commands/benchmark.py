@@ -55,6 +55,8 @@ class Command:
 
 
 def _title(name: str, setting: Setting) -> str:
+    if "model" in COMMANDS[name].hidden:
+        return f"{name}: batch {setting.batch_size}"
     sizes = f"{setting.model}, {setting.image_size} px, patch {setting.patch_size}"
     return f"{name}: {sizes}, batch {setting.batch_size}, {setting.amp}"
 
@@ -95,7 +97,12 @@ COMMANDS: dict[str, Command] = {
     "overhead": Command(benchmark_overhead, (Setting(), Weights()), show_figures),
     "train": Command(benchmark_train, (Setting(), Structure()), show_figures),
     "inference": Command(benchmark_inference, (replace(LARGE, pairs=5), Structure(tokens=0.7)), show_figures),
-    "data": Command(benchmark_data, (Setting(batch_size=128),), show_figures),
+    "data": Command(
+        benchmark_data,
+        (Setting(batch_size=128),),
+        show_figures,
+        hidden=("model", "image_size", "patch_size", "amp", "compile"),
+    ),
     "kernels": Command(
         benchmark_kernels,
         (replace(LARGE, pairs=7, device="cpu"), Kernels()),

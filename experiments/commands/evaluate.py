@@ -12,7 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from experiments.config.reading import build, explain, explain_options
 from experiments.config.run_config import RunConfig, choose_device, has_bfloat16_matmul
-from experiments.data.data_config import DataConfig
+from experiments.data.data_config import OF_THE_MODEL, TRAINING_ONLY, DataConfig
 from experiments.errors import ConfigError
 from experiments.evaluation.evaluate_checkpoint import data_of, evaluate
 from experiments.evaluation.measuring import describe_tokens
@@ -35,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="random: draw as many patches of every image as the selector keeps, to see what its choice is worth",
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
-    parser.add_class_arguments(DataConfig, "data")
+    parser.add_class_arguments(DataConfig, "data", skip={*TRAINING_ONLY, *OF_THE_MODEL})
     explain_options(parser)
 
 
@@ -65,7 +65,14 @@ def _parse(arguments: Sequence[str], defaults: DataConfig | None) -> Namespace:
     )
     add_arguments(parser)
     if defaults is not None:
-        parser.set_defaults({f"data.{key}": value for key, value in dataclasses.asdict(defaults).items()})
+        values = dataclasses.asdict(defaults).items()
+        parser.set_defaults({f"data.{k}": v for k, v in values if k not in (*TRAINING_ONLY, *OF_THE_MODEL)})
+    for argument in arguments:
+        key = argument.partition("=")[0].removeprefix("--data.")
+        if argument.startswith("--data.") and key in TRAINING_ONLY:
+            raise ConfigError(f"data.{key}: is for training alone; leave it out")
+        if argument.startswith("--data.") and key in OF_THE_MODEL:
+            raise ConfigError(f"data.{key}: is that of the checkpoint; leave it out")
     try:
         return parser.parse_args(list(arguments))
     except (ArgumentError, ValueError, TypeError) as error:
@@ -78,10 +85,11 @@ def _evaluate(arguments: Sequence[str]) -> int:
         raise ConfigError("give a sparse checkpoint, such as runs/<name>/sparse.safetensors")
     path = Path(named)
     info = read_info(path)
-    options = _parse(arguments, data_of(path, info))
+    own = data_of(path, info)
+    options = _parse(arguments, own)
     if options.batch_size is not None and options.batch_size < 1:
         raise ConfigError(f"--batch-size: {options.batch_size} is not a positive whole number")
-    config: RunConfig = build({"data": options.as_dict()["data"]})
+    config: RunConfig = build({"data": {**dataclasses.asdict(own), **options.as_dict()["data"]}})
     data_config = config.data
     if options.batch_size is not None:
         data_config = dataclasses.replace(data_config, eval_batch_size=options.batch_size)

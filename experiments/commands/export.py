@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -123,10 +124,10 @@ def dense_parameters(info: SparseInfo) -> int:
 
 def _use(format: str, target: Path) -> str:
     return {
-        "dense": f"timm.create_model('local-dir:{target}', pretrained=True)",
-        "onnx": f"onnxruntime.InferenceSession('{target}').run(['{onnx.OUTPUT}'], {{'{onnx.INPUT}': images}})",
-        "csr": f"experiments.exports.csr.read_csr('{target}'), or numpy.load",
-        "sparse": f"sparse-trainer evaluate {target}",
+        "dense": f"timm.create_model({f'local-dir:{target}'!r}, pretrained=True)",
+        "onnx": f"onnxruntime.InferenceSession({str(target)!r}).run(['{onnx.OUTPUT}'], {{'{onnx.INPUT}': images}})",
+        "csr": f"experiments.exports.csr.read_csr({str(target)!r}), or numpy.load",
+        "sparse": f"sparse-trainer evaluate {shlex.quote(str(target))}",
     }[format]
 
 

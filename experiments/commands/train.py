@@ -349,6 +349,7 @@ def _conclude(loop: Loop, console: Console) -> None:
     print_table(console, f"{trainer.config.recipe}: done", rows)
     if missed is not None:
         console.print(f"note: {missed}", soft_wrap=True, markup=False)
+    file, runs = (shlex.quote(str(path)) for path in (folder.sparse, folder.path.parent))
     console.print(
-        f"next:\n  sparse-trainer evaluate {folder.sparse}\n  tensorboard --logdir {folder.path.parent}", soft_wrap=True
+        f"next:\n  sparse-trainer evaluate {file}\n  tensorboard --logdir {runs}", soft_wrap=True, markup=False
     )

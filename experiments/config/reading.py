@@ -21,6 +21,7 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from experiments.config import yaml_text
 from experiments.config.field_docs import field_docs
 from experiments.config.run_config import (
     LossConfig,
@@ -196,6 +197,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], *, base: Path | None
         files = [base or recipes()[DEFAULT_RECIPE]]
         expanded = [f"--config={files[0]}", *expanded]
     contents = [_read_yaml(path) for path in files]
+    _check_inline(expanded)
     try:
         parsed = parser.parse_args(expanded)
     except (ArgumentError, ValueError, TypeError) as error:
@@ -267,15 +269,19 @@ def _plain(value: Any) -> Any:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml_text.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config: cannot read {path}: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"--config: {path}: {error}") from error
     except yaml.YAMLError as error:
         place = getattr(error, "problem_mark", None)
         where = f" at line {place.line + 1}" if place is not None else ""
         raise ConfigError(f"--config: {path} is not YAML{where}") from error
-    if content is None:
-        return {}
+    if content is None or content == {}:
+        raise ConfigError(
+            f"--config: {path} is empty; give sections such as model and training, or leave it out for {DEFAULT_RECIPE}"
+        )
     if not isinstance(content, dict):
         raise ConfigError(f"--config: {path} holds {type(content).__name__}, not sections such as model and training")
     for section, record in _RECORDS.items():
@@ -284,6 +290,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             keys = ", ".join(item.name for item in dataclasses.fields(record))
             raise ConfigError(f"{section}: {value!r} is not a section with keys such as {keys}")
     return content
+
+
+def _check_inline(arguments: Sequence[str]) -> None:
+    """Refuse a key that stands twice in a mapping on the line, as in ``--model.kwargs={depth: 6, depth: 8}``."""
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        option, _, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
+        if value.strip().startswith("{"):
+            try:
+                yaml_text.load(value)
+            except yaml.YAMLError:  # the parser says what is wrong
+                continue
+            except ValueError as error:
+                raise ConfigError(f"{option.removeprefix('--')}: {error}") from error
 
 
 def explain(

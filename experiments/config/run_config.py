@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class ModelConfig:
     from the data."""
 
     def __post_init__(self) -> None:
+        if self.start is not None:
+            object.__setattr__(self, "start", os.path.expanduser(self.start))
         check = _Checks(self)
         check("drop_path", "a probability in [0, 1)", lambda v: 0 <= v < 1)
         check("name", "a model name", lambda v: bool(v))
@@ -87,6 +90,8 @@ class LossConfig:
     """Divides the logits of both before they are compared."""
 
     def __post_init__(self) -> None:
+        if self.teacher is not None:
+            object.__setattr__(self, "teacher", os.path.expanduser(self.teacher))
         check = _Checks(self)
         for name in ("cross_entropy_weight", "macs_weight", "distillation_weight"):
             check(name, "0 or more", lambda v: 0 <= v < math.inf)
@@ -236,6 +241,7 @@ class OutputConfig:
     """Resume bundles that are kept; the older ones are there in case the newest is damaged."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", os.path.expanduser(self.runs))
         check = _Checks(self)
         check("runs", "a folder", lambda v: bool(v))
         check("keep_last", "a positive whole number", lambda v: v >= 1)

@@ -16,6 +16,16 @@ LIBRARY_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 STREAMED_PREFIXES = ("hfids", "tfds", "wds")
 
 
+TRAINING_ONLY = (
+    "train_split", "train_subset", "batch_size", "crop_padding", "crop_scale", "horizontal_flip", "color_jitter",
+    "auto_augment", "random_erasing", "erasing_mode", "repeated_augmentation", "mixup", "cutmix", "mixup_prob",
+    "mixup_switch_prob", "label_smoothing",
+)  # fmt: skip
+"""Settings of :class:`DataConfig` that mean nothing to an evaluation."""
+OF_THE_MODEL = ("in_chans", "mean", "std")
+"""Those that a trained model has decided."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Data set, batches and augmentation. Checked when built; all problems are reported together.

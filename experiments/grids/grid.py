@@ -39,6 +39,7 @@ from typing import Any
 import yaml
 
 from experiments.benchmarks.timing import use_threads
+from experiments.config import yaml_text
 from experiments.errors import ConfigError
 from experiments.grids.chance import measure_chance
 from experiments.grids.plot import draw
@@ -75,7 +76,10 @@ def read_grid(path: Path) -> Grid:
         ValueError: a key is missing or unknown, an entry is named that is none, or one needs another that is not
             before it.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml_text.load(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     optional = {"common", "title", "labels", "compare"}
     known = {"recipe", "seeds", "baseline", "entries"} | optional
     if not isinstance(content, dict) or not known - optional <= set(content) <= known:

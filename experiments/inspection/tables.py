@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -210,7 +211,7 @@ def print_run(console: Console, status: Mapping[str, Any]) -> None:
         ("dropped steps", f"{status['dropped_steps']:,}"),
         ("checkpoint", f"{status['checkpoint']}" if status["checkpoint"] is not None else "none yet"),
         ("resume bundle", status["bundle"] or "none"),
-        ("go on with", "" if done else f"sparse-trainer train --resume {status['folder']}"),
+        ("go on with", "" if done else f"sparse-trainer train --resume {shlex.quote(str(status['folder']))}"),
         *(("note", note) for note in status["notes"]),
     ]
     print_facts(console, f"{status['folder']}: the run", facts)

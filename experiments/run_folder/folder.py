@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,7 @@ def create_run_folder(output: OutputConfig, recipe: str) -> RunFolder:
             if output.name is None and path.is_dir():
                 continue
             raise ConfigError(
-                f"output.name: {path} exists; choose another name, or go on with it: --resume {path}"
+                f"output.name: {path} exists; choose another name, or go on with it: --resume {shlex.quote(str(path))}"
             ) from error
         except OSError as error:
             raise ConfigError(f"output.runs: cannot make {path}: {error.strerror or error}") from error

@@ -1,7 +1,7 @@
 """The scheduler owns every mask, follows the optimizer, and conducts the updates.
 
 *How many* is decided in :mod:`~sparse_trainer.budget`, *when* in :mod:`~sparse_trainer.update_schedule`, *which* in
-:mod:`~sparse_trainer.masks` and :mod:`~sparse_trainer.unit_swaps`. What construction does is worked out in
+:mod:`~sparse_trainer.masks` and :mod:`~sparse_trainer.unit_choice`. What construction does is worked out in
 :mod:`~sparse_trainer.construction`, the training loop is followed by :mod:`~sparse_trainer.following`, and
 :mod:`~sparse_trainer.enforcement` keeps dead weights at 0. This file calls them in the right order.
 """
@@ -21,13 +21,14 @@ from sparse_trainer.budget import Budget
 from sparse_trainer.construction import LiveNetwork, plan
 from sparse_trainer.enforcement import Enforcement
 from sparse_trainer.following import Following, check_optimizers, unwrap
+from sparse_trainer.live_units import Swap
 from sparse_trainer.masks import zero_dead
 from sparse_trainer.ownership import check_free, claim
 from sparse_trainer.ownership import release as release_model
 from sparse_trainer.prunable import prunable_places, prunable_weights
 from sparse_trainer.report import BlockUpdate, MaskUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
-from sparse_trainer.unit_swaps import Swap, UnitSwaps
+from sparse_trainer.unit_swaps import UnitSwaps
 from sparse_trainer.update_schedule import UpdateSchedule
 from sparse_trainer.weight_masks import WeightMasks
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import Selection, create_model, tokens_per_block
-from sparse_trainer.unit_swaps import _gate_scores, _probing
+from sparse_trainer.unit_scores import gate_scores, probing
 from sparse_trainer.units import find_blocks
 from tests.masked_reference import masked_training
 from tests.test_sparse_deit import THRESHOLD, VARIANTS, close, images, lively, tiny
@@ -189,8 +189,8 @@ def test_heads_and_neurons_are_probed_image_by_image_as_without_sheets() -> None
     groups = [group for block in find_blocks(model).values() for group in (block.heads, block.neurons)]
     scores = []
     for run in (model, lambda x: masked_training(model, x, 1e-12)[0]):
-        with _probing(model, [(group, {}) for group in groups]) as gates:
-            scores.append(_gate_scores(lambda run=run: F.cross_entropy(run(x), targets), gates))
+        with probing(model, [(group, {}) for group in groups]) as gates:
+            scores.append(gate_scores(lambda run=run: F.cross_entropy(run(x), targets), gates))
     for found, expected in zip(*scores, strict=True):
         assert bool((expected > 0).all())
         close(found, expected, 1e-6)

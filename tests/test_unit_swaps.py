@@ -17,7 +17,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from sparse_trainer import MaskUpdate, SparsityConfig, SparsityScheduler
-from sparse_trainer.unit_swaps import LiveUnits, _gate_scores, _probing
+from sparse_trainer.live_units import LiveUnits
+from sparse_trainer.unit_scores import gate_scores, probing
 from sparse_trainer.units import find_blocks
 from tests.conftest import TINY
 from tests.test_scheduler import assert_invariants
@@ -215,7 +216,7 @@ def test_a_grown_neuron_preserves_the_function(tiny_deit: Factory, tiny_batch: B
     torch.testing.assert_close(model(tiny_batch[0]), before, atol=1e-6, rtol=0)
 
 
-def test_gate_scores_equal_their_definition(tiny_deit: Factory, tiny_batch: Batch) -> None:
+def testgate_scores_equal_their_definition(tiny_deit: Factory, tiny_batch: Batch) -> None:
     """Live: mean over samples of |sum(A * dL/dA)|; a candidate: the finite difference of its gate."""
     model = tiny_deit().double()
     images, targets = tiny_batch[0].double(), tiny_batch[1]
@@ -224,8 +225,8 @@ def test_gate_scores_equal_their_definition(tiny_deit: Factory, tiny_batch: Batc
     groups = scheduler._units.groups
     for group in groups:
         group.candidates = {name: value.double() for name, value in group.candidates.items()}
-    with _probing(model, [(group.group, group.candidates) for group in groups]) as gates:
-        scores = _gate_scores(lambda: F.cross_entropy(model(images), targets), gates)
+    with probing(model, [(group.group, group.candidates) for group in groups]) as gates:
+        scores = gate_scores(lambda: F.cross_entropy(model(images), targets), gates)
     activations: list[Tensor] = []
 
     def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -242,7 +243,7 @@ def test_gate_scores_equal_their_definition(tiny_deit: Factory, tiny_batch: Batc
         torch.testing.assert_close(score[:2].double(), by_head.detach(), rtol=1e-5, atol=1e-9)
 
     def loss_with_gate(value: float) -> Tensor:
-        with torch.no_grad(), _probing(model, [(group.group, group.candidates) for group in groups[:1]]) as gates:
+        with torch.no_grad(), probing(model, [(group.group, group.candidates) for group in groups[:1]]) as gates:
             gate = gates[0]
             group = groups[0]
             part = group.group.outputs[0]
@@ -275,9 +276,9 @@ def test_the_probe_leaves_no_trace(tiny_deit: Factory, tiny_batch: Batch) -> Non
         model.get_buffer("running").add_(1)
         return F.cross_entropy(model(tiny_batch[0]), tiny_batch[1])
 
-    with _probing(model, [(group.group, group.candidates) for group in groups]) as gates:
+    with probing(model, [(group.group, group.candidates) for group in groups]) as gates:
         assert find_blocks(model)["blocks.0"].heads.count() == 3
-        _gate_scores(closure, gates)
+        gate_scores(closure, gates)
     assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == identities
     for old, new in ((before[0], model.state_dict()), (before[1]["state"][0], optimizer.state_dict()["state"][0])):
         assert all(torch.equal(value, new[key]) for key, value in old.items())
@@ -562,8 +563,8 @@ def test_gradient_checkpointing_gives_the_same_scores(tiny_deit: Factory, tiny_b
         model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
         assert scheduler._units is not None
         groups = [(group.group, group.candidates) for group in scheduler._units.groups]
-        with _probing(model, groups) as gates:
-            found.append(_gate_scores(lambda model=model: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]), gates))  # type: ignore[misc]
+        with probing(model, groups) as gates:
+            found.append(gate_scores(lambda model=model: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]), gates))  # type: ignore[misc]
     assert all(torch.allclose(plain, again) for plain, again in zip(*found, strict=True))
 
 

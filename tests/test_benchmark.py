@@ -83,14 +83,17 @@ def test_every_benchmark_runs_and_writes_its_figures(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "figures.json"
-    arguments = [*SMALL, "--batch_size=2", f"--json={file}"]
-    if command == "onnx":  # the exporter takes seconds per block
+    arguments, settings, title = [*SMALL, "--batch_size=2", f"--json={file}"], dict(SETTINGS), "deit_tiny_patch16_224"
+    if command == "data":  # which trains no model
+        arguments, title = ["--pairs=1", "--batch_size=2", "--device=cpu", f"--json={file}"], "batch 2"
+        settings = {"batch_size": 2, "pairs": 1}
+    elif command == "onnx":  # the exporter takes seconds per block
         monkeypatch.setattr(setting_module, "create_model", partial(create_model, depth=1))
     else:
         arguments += ["--amp=float32", "--device=cpu"]
-    assert f"{command}: deit_tiny_patch16_224" in run(capsys, command, *arguments)
+    assert f"{command}: {title}" in run(capsys, command, *arguments)
     content = json.loads(file.read_text())
-    assert SETTINGS.items() <= content["settings"].items()
+    assert settings.items() <= content["settings"].items()
     assert content["machine"]["torch"] == torch.__version__
     for figure in content["figures"]:
         assert set(figure) == {"name", "value", "unit", "reference", "ratio", "ideal"}

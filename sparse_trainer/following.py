@@ -87,6 +87,7 @@ class Following:
     ) -> None:
         self.optimizers = Optimizers(optimizers)
         self._first, self._before, self._after = first, before, after
+        self._depth = 0  # of steps within steps: an optimizer's own may call that of its base class
         self._steps = [0] * len(optimizers)  # of each since the scheduler was called last
         self.passes = 0  # backward passes since the last optimizer step
         self.passes_per_step = 1
@@ -115,7 +116,7 @@ class Following:
 
     def take_steps(self) -> int:
         """Steps since the last call: the most that one of the optimizers took."""
-        steps, self._steps = max(self._steps), [0] * len(self._steps)
+        steps, self._steps, self._depth = max(self._steps), [0] * len(self._steps), 0
         return steps
 
     def take_skipped(self) -> int:
@@ -131,10 +132,15 @@ class Following:
         self.passes += 1
 
     def _before_step(self, *_: Any) -> None:
-        self._before()
+        self._depth += 1
+        if self._depth == 1:
+            self._before()
 
     def _after_step_of(self, index: int) -> Callable[..., None]:
         def after(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            self._depth -= 1
+            if self._depth > 0:
+                return
             self._steps[index] += 1
             self._after()
             self.passes_per_step, self.passes = max(self.passes, self.passes_per_step if not self.passes else 1), 0

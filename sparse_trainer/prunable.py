@@ -40,10 +40,30 @@ class Place:
     leaf: str
     parameter: nn.Parameter
 
-    @property
-    def holds_it(self) -> bool:
-        """Whether the parameter is still there. A layer that is put in the place of another has its own."""
-        return self.module._parameters.get(self.leaf) is self.parameter
+
+class Standing:
+    """Notices where a layer was replaced by another: by looking at every step of the way to each parameter."""
+
+    def __init__(self, model: nn.Module, places: Mapping[str, Place]) -> None:
+        self._steps: dict[tuple[int, str], tuple[nn.Module, str, nn.Module, str]] = {}
+        self._places = dict(places)
+        for name in places:
+            module = model
+            for child_name in name.split(".")[:-1]:
+                child = module._modules[child_name]
+                assert child is not None
+                self._steps.setdefault((id(module), child_name), (module, child_name, child, name))
+                module = child
+
+    def replaced(self) -> str | None:
+        """A parameter that is no longer where it was; None if all are."""
+        for module, child_name, child, name in self._steps.values():
+            if module._modules.get(child_name) is not child:
+                return name
+        for name, place in self._places.items():
+            if place.module._parameters.get(place.leaf) is not place.parameter:
+                return name
+        return None
 
 
 def prunable_places(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, Place]:

@@ -25,7 +25,7 @@ from sparse_trainer.live_units import Swap
 from sparse_trainer.masks import zero_dead
 from sparse_trainer.ownership import check_free, claim
 from sparse_trainer.ownership import release as release_model
-from sparse_trainer.prunable import prunable_places, prunable_weights
+from sparse_trainer.prunable import Standing, prunable_places, prunable_weights
 from sparse_trainer.report import BlockUpdate, MaskUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.unit_swaps import UnitSwaps
@@ -118,8 +118,9 @@ class SparsityScheduler:
         for note in notes:
             warnings.warn(note, stacklevel=2)
         self._total = planned.total
-        self._places = prunable_places(model, config.include, config.exclude)
-        self._prunable = {name: place.parameter for name, place in self._places.items()}
+        places = prunable_places(model, config.include, config.exclude)
+        self._standing = Standing(model, places)
+        self._prunable = {name: place.parameter for name, place in places.items()}
         masks = self._weights.masks if self._weights else {}
         self._enforcement = Enforcement({n: p for n, p in self._prunable.items() if n in masks}, masks)
         self._following: Following | None = None
@@ -155,7 +156,8 @@ class SparsityScheduler:
             weights = WeightMasks.of_masks(prunable, given.masks, config)
             live = weights.live_count()
             wanted = config.live_parameters or round((config.density or 0) * total)
-            if abs(wanted - live) > 0.005 * total:
+            same = all(prunable[name].shape == mask.shape for name, mask in given.masks.items())
+            if same and abs(wanted - live) > 0.005 * total:
                 raise ValueError(
                     f"resume_from: {live:,} of {total:,} weights are live ({live / total:.4f}), and the configuration "
                     f"asks for {wanted:,}; give density={live / total:.4f}: the budget stays as it is"
@@ -279,10 +281,10 @@ class SparsityScheduler:
 
     def _check_places(self) -> None:
         """Raises RuntimeError where a layer was replaced by another: its weights would be in no budget."""
-        gone = [name for name, place in self._places.items() if not place.holds_it]
-        if gone:
+        gone = self._standing.replaced()
+        if gone is not None:
             raise RuntimeError(
-                f"{gone[0]} is another parameter than the scheduler was built with; replace layers before the "
+                f"{gone} is another parameter than the scheduler was built with; replace layers before the "
                 "scheduler is built, or build a new one by resume_from=scheduler"
             )
 
@@ -494,7 +496,7 @@ class SparsityScheduler:
             self._loaded = False
             self.enforce()
         if self._weights.growth.collecting:
-            self._weights.take_assigned_gradients(self._enforcement.clean_gradients)
+            self._weights.take_assigned_gradients(self._enforcement.is_clean)
         self._enforcement.before_step()
 
     def _something_was_loaded(self, *_: Any) -> None:

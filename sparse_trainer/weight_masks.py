@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -282,14 +282,14 @@ class WeightMasks:
 
         return collect
 
-    def take_assigned_gradients(self, arrived: Container[str]) -> None:
+    def take_assigned_gradients(self, arrived: Callable[[str, Tensor], bool]) -> None:
         """Collect gradients that no backward pass brought, such as those of ``torch.autograd.grad``: they are dense.
 
         Args:
-            arrived: names of the gradients that came by a backward pass.
+            arrived: whether a gradient of a name came by a backward pass.
         """
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None and name not in arrived and not self.growth.holds(name):
+            if parameter.grad is not None and not self.growth.holds(name) and not arrived(name, parameter.grad):
                 self.growth.add(name, parameter.grad, None)
 
     @torch.no_grad()
@@ -420,9 +420,13 @@ class WeightMasks:
     def _growth_score(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor | None:
         """What ranks the dead elements of a layer; None where nothing does, so that the layer is left alone.
 
+        A frozen layer is left alone too.
+
         Without a gradient all elements tie, and growing the first of them would ruin the layer's mask.
         """
         parameter = self.parameters[name]
+        if not parameter.requires_grad:  # frozen meanwhile
+            return None
         if self.config.grow == "gradient":
             if name not in gradients:
                 return None

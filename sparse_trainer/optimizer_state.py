@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparse_trainer.masks import count_live, zero_dead
 
 SUPPORTED = {
-    "torch.optim": ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adadelta"),
+    "torch.optim": ("SGD", "Adam", "AdamW", "Adafactor", "NAdam", "RAdam", "RMSprop", "Adadelta"),
     "timm.optim": (
         "AdamP",
         "AdamWLegacy",
@@ -36,6 +36,7 @@ SUPPORTED = {
         "SGDP",
         "SGDW",
     ),
+    "schedulefree": ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"),
 }
 
 FIRST_MOMENTS = frozenset(
@@ -50,6 +51,7 @@ FIRST_MOMENTS = frozenset(
         "acc_delta",
         "s",
         "x0",
+        "z",
     }
 )
 """State that follows the gradient or the weight: 0 at a dead weight, and 0 where one has just grown."""
@@ -58,7 +60,7 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_
 """State that follows the squared gradient: 0 at a dead weight, the squared growth gradient where one has grown."""
 
 
-DENSE_UPDATES = {"torch.optim": ("Muon",)}
+DENSE_UPDATES = {"torch.optim": ("Muon",), "timm.optim": ("Muon",)}
 """Optimizers that move a weight whose gradient is 0: their step is masked after it was taken.
 
 Muon makes the momentum of a whole matrix orthogonal. Its step within the mask is that update's projection onto the live

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers which may be a bottleneck"),
     pytest.mark.filterwarnings(r"ignore:`isinstance\(treespec, LeafSpec\)` is deprecated"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:the schedule was not reached"),
     pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
 ]
 
@@ -83,6 +84,43 @@ def test_lightning_goes_on_after_a_restart(reference: SparsityScheduler, tmp_pat
     assert_same(with_lightning.train(tmp_path), reference)
 
 
+def fit(module: nn.Module, callback: lightning.Callback, steps: int) -> lightning.Trainer:
+    trainer = lightning.Trainer(max_steps=steps, callbacks=[callback], logger=False, enable_checkpointing=False)
+    trainer.fit(module, task.create_loader())  # type: ignore[arg-type]
+    return trainer
+
+
+def test_lightning_fits_twice() -> None:
+    """One budget, not a budget of a budget."""
+    callback = with_lightning.SparsityCallback(task.SPARSITY)
+    module = with_lightning.Classifier(task.create_model())
+    fit(module, callback, 8)
+    first, budget = callback.scheduler, callback.scheduler.budget
+    fit(module, callback, 10)
+    assert callback.scheduler is not first
+    assert callback.scheduler.budget == budget
+    assert callback.scheduler.step_number == 10
+    assert {name: len(heads) for name, heads in callback.scheduler.live_heads.items()} == {
+        name: len(heads) for name, heads in first.live_heads.items()
+    }
+
+
+def test_lightning_averages_weights() -> None:
+    """Stochastic weight averaging writes its mean into the model, over masks that have changed."""
+
+    def run(*callbacks: lightning.Callback) -> SparsityScheduler:
+        sparsity = with_lightning.SparsityCallback(task.SPARSITY)
+        trainer = lightning.Trainer(
+            max_epochs=task.EPOCHS, callbacks=[sparsity, *callbacks], logger=False, enable_checkpointing=False
+        )
+        trainer.fit(with_lightning.Classifier(task.create_model()), task.create_loader())
+        return sparsity.scheduler
+
+    found = run(lightning.pytorch.callbacks.StochasticWeightAveraging(1e-3, swa_epoch_start=1))
+    found.enforce()
+    assert found.budget == run().budget
+
+
 def test_grad_scaler(reference: SparsityScheduler) -> None:
     """Scales are powers of two, so scaling and unscaling lose no bit."""
     assert_same(with_grad_scaler.train(), reference)
@@ -118,7 +156,7 @@ def test_examples_run_as_printed_and_stay_short(
     name: str, reference: SparsityScheduler, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(task.__file__).with_name(f"{name}.py")
-    assert len(source.read_text(encoding="utf-8").splitlines()) < 80
+    assert len(source.read_text(encoding="utf-8").splitlines()) < 90
     command = re.search(r"``python -m (experiments\.examples\.\w+)``", source.read_text(encoding="utf-8"))
     assert command is not None
     assert command[1] == f"experiments.examples.{name}"

@@ -647,3 +647,32 @@ def test_a_schedule_that_was_not_reached_is_said(tiny_deit: Factory) -> None:
     run(scheduler, optimizer, steps=10)
     with pytest.warns(UserWarning, match=r"10 of 40 optimizer steps and 2 of 8 updates came; total_steps counts steps"):
         scheduler.detach()
+
+
+def shard(rank: int, size: int, address: str) -> None:
+    """FSDP2 on gloo processes: refused in our own words, before the scheduler is built and after."""
+    import timm
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    from tests.conftest import TINY
+
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+    try:
+        model = timm.create_model("deit_tiny_patch16_224", **TINY)
+        scheduler = SparsityScheduler(model, CONFIG, total_steps=STEPS)
+        fully_shard(model)
+        with pytest.raises(RuntimeError, match=r"patch_embed\.proj\.weight is another parameter"):
+            scheduler.attach(torch.optim.AdamW(model.parameters()))
+        other = timm.create_model("deit_tiny_patch16_224", **TINY)
+        fully_shard(other)
+        with pytest.raises(ValueError, match=r"spread over processes .*fully_shard.*DistributedDataParallel"):
+            SparsityScheduler(other, CONFIG, total_steps=STEPS)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_sharded_parameters_are_refused(size: int, tmp_path: Any) -> None:
+    address = f"file://{tmp_path}/meeting"
+    torch.multiprocessing.spawn(shard, (size, address), nprocs=size)

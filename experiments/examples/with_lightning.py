@@ -24,11 +24,16 @@ class SparsityCallback(lightning.Callback):
 
     def __init__(self, config: SparsityConfig) -> None:
         self.config = config
+        self.scheduler: Any = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":  # before configure_optimizers, since the model becomes compact here
             total_steps = int(trainer.estimated_stepping_batches)
-            self.scheduler = SparsityScheduler(pl_module.model, self.config, total_steps=total_steps)
+            former = self.scheduler  # of an earlier fit, or of a search for a learning rate
+            if former is not None:
+                former.detach()
+            own = former if former is not None and former.model is pl_module.model else None
+            self.scheduler = SparsityScheduler(pl_module.model, self.config, total_steps=total_steps, resume_from=own)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.scheduler.attach(trainer.optimizers[0])
@@ -36,11 +41,15 @@ class SparsityCallback(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.scheduler.step(partial(pl_module.loss, *batch))  # where the optimizer did not step, neither does it
 
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self.scheduler.detach()  # says so if the schedule was not reached
+
     def state_dict(self) -> dict[str, Any]:
-        return self.scheduler.state_dict()
+        return {} if self.scheduler is None else self.scheduler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.scheduler.load_state_dict(state)
+        if state:
+            self.scheduler.load_state_dict(state)
 
 
 class Classifier(lightning.LightningModule):

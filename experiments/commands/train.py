@@ -7,56 +7,42 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 
-from experiments.config.reading import create_parser, naming, parse, to_yaml
-from experiments.config.run_config import RunConfig, resolve
+from experiments.commands.train_request import Request, origin_of
+from experiments.config.reading import load_config, naming, to_yaml
+from experiments.config.run_config import RunConfig
 from experiments.data.create_data import Data, create_data
 from experiments.errors import ConfigError
 from experiments.evaluation.measuring import describe_tokens, missed_target
 from experiments.processes.processes import ALONE, Processes, join_processes
 from experiments.processes.shared_failure import FailedElsewhere, speaks, together
 from experiments.processes.signals import StoppedAtOnce, StopRequest, exit_code, stop_on_signals
-from experiments.run_folder.folder import RunFolder, create_run_folder, find_run
+from experiments.run_folder.folder import RunFolder, create_run_folder
 from experiments.run_folder.lock import RunLock
 from experiments.run_folder.random_states import deterministic_algorithms
 from experiments.terminal import FAILED, WRONG, Display, create_console, print_table
+from experiments.training.continuation import describe_changes, start_from
 from experiments.training.loop import Loop, Stopped, describe
 from experiments.training.trainer import Trainer, TrainingError
 from sparse_trainer.files.checkpoint import CheckpointError
 from sparse_trainer.files.whole_file import write_atomically
 
-EXIT_CODES = """\
-exit codes: 0 the run is complete; 1 it could not go on (full disk, no finite loss, ...); 2 what was asked for cannot
-be done; 130 ended by Ctrl-C (SIGINT), 143 by SIGTERM, 138 by SIGUSR1. A signal lets the step end and everything be
-saved; a second Ctrl-C ends the run at once. Go on with --resume."""
 LOST = re.compile("gloo|NCCL|[Cc]onnection (closed|reset|refused)|TCPStore")
 """In the message of an error: another process is gone."""
 ALONE_NOW = "another process has ended, and this one cannot go on without it; if it says nothing itself, it was killed"
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Options beside the configuration."""
-    parser.add_argument(
-        "--resume",
-        type=str,
-        default=None,
-        help="run folder to go on with, or auto: the run called output.name, else the newest (of the recipe named by "
-        "--config, if there is one); with auto and none to go on with, a new run starts",
-    )
-    parser.epilog = EXIT_CODES
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     with stop_on_signals() as stop:
         try:
-            request = _Request(arguments)
+            request = Request(arguments)
             with join_processes(request.device) as processes:
                 return _run(request, processes, stop)
         except ConfigError as error:  # of the meeting itself
@@ -67,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
             return exit_code(stopped.number)
 
 
-def _run(request: _Request, processes: Processes, stop: StopRequest) -> int:
+def _run(request: Request, processes: Processes, stop: StopRequest) -> int:
     """Train, with every error turned into one line and an exit code."""
     try:
         code = train(request, processes, stop)
@@ -106,90 +92,46 @@ def _say(error: object, code: int, processes: Processes) -> int:
     return code
 
 
-class _Request:
-    """What the command line asks for. What is wrong with it is kept until all processes have met."""
-
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self.arguments = arguments
-        self.error: ConfigError | None = None
-        self.device = "cpu"
-        try:
-            self.config, self.folder = read_command_line(arguments)
-            self.device = self.config.training.device
-        except ConfigError as error:
-            self.error = error
-
-    def agree(self, processes: Processes) -> tuple[RunConfig, RunFolder | None]:
-        """The configuration, and the run to go on with, which is the one that the first process found.
-
-        Raises:
-            ConfigError: in one line.
-        """
-        with together(processes):
-            if self.error is not None:
-                raise self.error
-        path = processes.share(str(self.folder.path) if self.folder is not None else None)
-        with together(processes):
-            if path != (str(self.folder.path) if self.folder is not None else None):
-                self.folder = RunFolder(Path(path)) if path is not None else None
-                self.config = configure(self.arguments, self.folder)
-        return self.config, self.folder
-
-
-def read_command_line(arguments: Sequence[str]) -> tuple[RunConfig, RunFolder | None]:
-    """The resolved configuration, and the run to go on with, if any.
-
-    Raises:
-        ConfigError: in one line.
-    """
-    parser = create_parser("train")
-    add_arguments(parser)
-    config, parsed = parse(parser, arguments)
-    if parsed.resume is None:
-        return resolve(config), None
-    folder = find_run(parsed.resume, config.output, config.recipe if _names_config(arguments) else None)
-    return configure(arguments, folder), folder
-
-
-def configure(arguments: Sequence[str], folder: RunFolder | None) -> RunConfig:
-    """The resolved configuration: that of the run to go on with, unless the command line names another.
-
-    Raises:
-        ConfigError: in one line.
-    """
-    parser = create_parser("train")
-    add_arguments(parser)
-    own = folder is not None and folder.config.is_file() and not _names_config(arguments)
-    config, _ = parse(parser, arguments, base=folder.config if folder is not None and own else None)
-    return resolve(config)
-
-
-def _names_config(arguments: Sequence[str]) -> bool:
-    return any(argument == "--config" or argument.startswith("--config=") for argument in arguments)
-
-
-def train(request: _Request, processes: Processes, stop: StopRequest) -> int:
+def train(request: Request, processes: Processes, stop: StopRequest) -> int:
     """Train from the beginning, or from the newest checkpoint of the run to go on with."""
     config, found = request.agree(processes)
     with deterministic_algorithms(config.training.deterministic), RunLock() as lock:
-        return _train(config, found, processes, stop, lock)
+        with together(processes):
+            origin, changed = origin_of(config, found, request.explicit)
+        return _train(config, found, origin, changed, processes, stop, lock)
 
 
-def _train(config: RunConfig, found: RunFolder | None, processes: Processes, stop: StopRequest, lock: RunLock) -> int:
+def _train(
+    config: RunConfig,
+    found: RunFolder | None,
+    origin: RunFolder | None,
+    changed: Mapping[str, tuple[Any, Any]],
+    processes: Processes,
+    stop: StopRequest,
+    lock: RunLock,
+) -> int:
     console = create_console() if processes.is_main else Console(quiet=True, force_terminal=False)
-    if found is not None:
+    if found is not None and found is not origin:
         _take(lock, found, processes, console)
     # What fails from here to the loop fails on all processes, or ends this one and with it the others.
     data = _open_data(config, processes)
-    resuming = processes.share(found is not None and bool(found.bundles()))
-    trainer = Trainer(config, data, processes, resuming=resuming)
+    resuming = processes.share(origin is None and found is not None and bool(found.bundles()))
+    trainer = Trainer(config, data, processes, resuming=resuming or origin is not None)
     with naming("model"):
         describe(trainer, {})  # what no checkpoint can hold is refused now, not after the training
-    loop = _open_run(config, trainer, found, resuming)
+    notes = start_from(trainer, origin, load_config(origin.config)) if origin is not None else []
+    loop = _open_run(config, trainer, None if found is origin else found, resuming, origin, changed)
+    loop.notes += notes
     folder = loop.folder
     _take(lock, folder, processes, console)
     if resuming:
         console.print(f"resuming {folder.path} at step {trainer.tried:,}", soft_wrap=True, markup=False)
+    elif origin is not None:
+        console.print(
+            f"going on from {origin.path} at step {trainer.tried:,} in a new run: {describe_changes(changed)}",
+            soft_wrap=True,
+            markup=False,
+        )
     elif found is not None:
         console.print(f"{folder.path} ended before its first step; it begins anew", soft_wrap=True, markup=False)
     if loop.complete:
@@ -220,13 +162,27 @@ def _train(config: RunConfig, found: RunFolder | None, processes: Processes, sto
     return 0
 
 
-def _open_run(config: RunConfig, trainer: Trainer, found: RunFolder | None, resuming: bool) -> Loop:
-    """The loop over a new run, or over the one that was found, with its state."""
+def _open_run(
+    config: RunConfig,
+    trainer: Trainer,
+    found: RunFolder | None,
+    resuming: bool,
+    origin: RunFolder | None,
+    changed: Mapping[str, Any],
+) -> Loop:
+    """The loop over a new run, or over the one that was found, with its state.
+
+    Args:
+        origin: the run whose state the trainer has, beside which the new one lies and after which it is called, unless
+            there is a name for it.
+    """
     processes = trainer.processes
     folder = found
     with together(processes):
         if processes.is_main and not resuming:
-            folder = found or create_run_folder(config.output, config.recipe)
+            folder = found or create_run_folder(config.output, config.recipe if origin is None else origin.path.name)
+            if origin is not None:  # first, so that a run that is killed here knows it when it begins once more
+                folder.write_origin(origin, changed)
             write_atomically(folder.config, [to_yaml(_unnamed(config)).encode()])
     loop = Loop(trainer, RunFolder(Path(processes.share(str(folder.path) if folder is not None else None))))
     if resuming:

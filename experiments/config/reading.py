@@ -178,6 +178,44 @@ def _expand_config_names(arguments: Sequence[str]) -> tuple[list[str], list[Path
     return [*(f"--config={path}" for path in files), *rest], files
 
 
+def last_option(arguments: Sequence[str], key: str) -> str | None:
+    """The last value of ``--key`` on a command line, before it is parsed; None if it is not there."""
+    value = None
+    for argument, after in zip(arguments, [*arguments[1:], None], strict=False):
+        if argument == f"--{key}":
+            value = after
+        elif argument.startswith(f"--{key}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def read_output(arguments: Sequence[str]) -> tuple[OutputConfig, str | None]:
+    """Where a run writes, and the name of its recipe where the line names a file; nothing else need fit together yet.
+
+    What the line holds against a run that is not known yet (``--data.root`` of a run with folders) is no mistake.
+
+    Raises:
+        ConfigError: a file cannot be read, or these settings are wrong.
+    """
+    _, files = _expand_config_names(arguments)
+    recipe, found = None, dict[str, Any]()
+    for path in files:
+        content = _read_yaml(path)
+        found |= content.get("output") or {}
+        recipe = content.get("recipe") or path.stem
+    inline = last_option(arguments, "output")
+    if inline is not None:
+        try:
+            found |= yaml_text.load(inline) or {}
+        except (yaml.YAMLError, ValueError, TypeError) as error:
+            raise ConfigError(f"output: {inline!r} is not a mapping such as {{name: long}}") from error
+    for name in ("runs", "name"):
+        given = last_option(arguments, f"output.{name}")
+        if given is not None:
+            found[name] = given
+    return build({"output": found}).output, recipe
+
+
 def parse(parser: ArgumentParser, arguments: Sequence[str], *, base: Path | None = None) -> tuple[RunConfig, Namespace]:
     """Read files and overrides.
 

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from experiments.commands import export
-from experiments.commands.train import read_command_line
+from experiments.commands.train_request import read_command_line
 from experiments.data.create_data import create_data
 from experiments.gpu.record import in_one_line
 from experiments.processes.signals import StopRequest

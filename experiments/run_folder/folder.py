@@ -7,23 +7,25 @@ renamed, and what is newest is told by the step in its name: no second file has 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from experiments.config.reading import load_config
 from experiments.config.run_config import OutputConfig
 from experiments.errors import ConfigError
-from sparse_trainer.files.whole_file import sync_folder
+from sparse_trainer.files.whole_file import sync_folder, write_atomically
 
 _BUNDLE_NAME = re.compile(r"step_(\d{8,})\.resume")
 _OLD_BUNDLE = "last.resume"
 """What version 0.1.0 called its only one."""
 _TEMPORARY = ".*.tmp"
-_OWN = {"config.yaml", "checkpoints", "masks", "metrics.jsonl", "tensorboard", ".lock"}
+_OWN = {"config.yaml", "checkpoints", "masks", "metrics.jsonl", "tensorboard", ".lock", "origin.json"}
 """What a run has before it saves for the first time."""
 
 
@@ -58,6 +60,29 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def origin_file(self) -> Path:
+        """What says from which run's state this one starts, if from any."""
+        return self.path / "origin.json"
+
+    def write_origin(self, origin: RunFolder, changed: Mapping[str, Any]) -> None:
+        """Note the run that this one starts from, and what was changed."""
+        content = {"run": os.path.abspath(origin.path), "changed": dict(changed)}
+        write_atomically(self.origin_file, [json.dumps(content, indent=2).encode() + b"\n"])
+
+    def read_origin(self) -> RunFolder | None:
+        """The run that this one starts from.
+
+        Raises:
+            ConfigError: the file that says it cannot be read.
+        """
+        try:
+            return RunFolder(Path(str(json.loads(self.origin_file.read_text(encoding="utf-8"))["run"])))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"--resume: {self.origin_file} cannot be read: {error!r:.200}") from error
 
     def bundle(self, step: int) -> Path:
         """Resume bundle of the state after ``step`` steps."""

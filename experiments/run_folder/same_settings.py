@@ -32,17 +32,19 @@ PER_MACHINE = ("output.", "data.root", "data.download", "data.workers", "data.me
 """Settings, or sections of them, that the processes of a run may have each for itself."""
 
 
+def differing(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Keys of the settings that differ and would make another run."""
+    keys = sorted({*saved, *now})
+    return [key for key in keys if saved.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)]
+
+
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse to resume a run with settings that would make another run of it.
 
     Raises:
         ConfigError: naming every such setting.
     """
-    odd = [
-        f"{key}: {now.get(key)!r} differs from {quote(saved.get(key), 300)}"
-        for key in sorted({*saved, *now})
-        if saved.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
-    ]
+    odd = [f"{key}: {now.get(key)!r} differs from {quote(saved.get(key), 300)}" for key in differing(saved, now)]
     if odd:
         raise ConfigError(f"{'; '.join(odd)}, which the run was started with; leave it out to resume")
 

@@ -17,11 +17,11 @@ from experiments.processes.shared_failure import together
 from experiments.processes.signals import SIGNALS, StopRequest
 from experiments.run_folder.folder import RunFolder
 from experiments.terminal import Display
-from experiments.training.resume_bundle import check_bundle
+from experiments.training.resume_bundle import check_bundle, read_newest
 from experiments.training.run_log import Journal
 from experiments.training.trainer import StepResult, Trainer, TrainingError
 from models import create_model
-from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, load_resume, save_resume, save_sparse
+from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, save_resume, save_sparse
 
 
 class Stopped(Exception):
@@ -122,15 +122,8 @@ class Loop:
             CheckpointError: none is.
             ConfigError: it is of another configuration.
         """
-        name, state = "", dict[str, Any]()
-        with together(self.processes):
-            if self.processes.is_main:
-                name, state = self._newest_good()
-        name = self.processes.share(name)
-        path = self.folder.checkpoints / name
-        with together(self.processes):
-            if not self.processes.is_main:
-                state = load_resume(path)
+        path, state, notes = read_newest(self.folder, self.processes)
+        self.notes += notes
         try:
             check_bundle(path, state, self.trainer)
             self.trainer.load_state_dict(state["trainer"])
@@ -143,23 +136,6 @@ class Loop:
         except Exception as error:
             raise CheckpointError(f"{path}: is not of this run or version: {error!r:.300}") from error
         self._resumed, self.saved = True, self.trainer.tried
-
-    def _newest_good(self) -> tuple[str, dict[str, Any]]:
-        """Name and content of the newest bundle that can be read; each that cannot is noted."""
-        faults: list[CheckpointError] = []
-        bundles = self.folder.bundles()
-        for path in bundles:
-            try:
-                state = load_resume(path)
-            except CheckpointError as error:
-                faults.append(error)
-                continue
-            self.notes += [f"damaged: {fault}; going on from {path.name}, the one before" for fault in faults]
-            return path.name, state
-        if not faults:
-            raise CheckpointError(f"{self.folder.checkpoints}: there is no resume bundle")
-        older = f"; the {len(faults) - 1} before it cannot be read either" if len(faults) > 1 else ""
-        raise CheckpointError(f"{faults[0]}{older}")
 
     def run(self, display: Display, stop: StopRequest) -> None:
         """Train to the end, and write the sparse checkpoint.
@@ -272,6 +248,8 @@ class Loop:
                 self._save_best()
             elif self.journal is not None:
                 self.journal.begin()
+                if not self._evaluation_due:
+                    self.journal.writer.end_line()
                 self.folder.sync()
         if not self._resumed:  # what the disk refuses it refuses now, and a run that is killed early can be resumed
             self.save()

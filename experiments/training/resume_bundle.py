@@ -17,9 +17,12 @@ from torch import Tensor, nn
 
 from experiments.config.reading import flatten
 from experiments.evaluation.measuring import TokenUse
+from experiments.processes.processes import Processes
+from experiments.processes.shared_failure import together
+from experiments.run_folder.folder import RunFolder
 from experiments.run_folder.same_settings import check_same_run
 from experiments.training.trainer import Trainer
-from sparse_trainer.files.checkpoint import CheckpointError
+from sparse_trainer.files.checkpoint import CheckpointError, load_resume
 from sparse_trainer.files.tensor_file import fault, quote
 
 NAMED = 3
@@ -32,8 +35,45 @@ VARIES = ("config", "optimizer", "order", "random", "running", "tokens", "unread
 """Parts of a trainer's state that depend on how far it is, or that it compares itself."""
 
 
-def check_bundle(path: Path, state: Mapping[str, Any], trainer: Trainer) -> None:
+def read_newest(folder: RunFolder, processes: Processes) -> tuple[Path, dict[str, Any], list[str]]:
+    """The newest resume bundle of a run that can be read, its content, and what is wrong with newer ones; called by all
+    processes.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    name, state, notes = "", dict[str, Any](), list[str]()
+    with together(processes):
+        if processes.is_main:
+            name, state, notes = _newest_good(folder)
+    path = folder.checkpoints / processes.share(name)
+    with together(processes):
+        if not processes.is_main:
+            state = load_resume(path)
+    return path, state, notes
+
+
+def _newest_good(folder: RunFolder) -> tuple[str, dict[str, Any], list[str]]:
+    faults: list[CheckpointError] = []
+    for path in folder.bundles():
+        try:
+            state = load_resume(path)
+        except CheckpointError as error:
+            faults.append(error)
+            continue
+        notes = [f"damaged: {fault}; going on from {path.name}, the one before" for fault in faults]
+        return path.name, state, notes
+    if not faults:
+        raise CheckpointError(f"{folder.checkpoints}: there is no resume bundle")
+    older = f"; the {len(faults) - 1} before it cannot be read either" if len(faults) > 1 else ""
+    raise CheckpointError(f"{faults[0]}{older}")
+
+
+def check_bundle(path: Path, state: Mapping[str, Any], trainer: Trainer, most_steps: int | None = None) -> None:
     """Compare what a bundle holds with a trainer of the same configuration; called by all processes.
+
+    Args:
+        most_steps: that an optimizer may have counted; None for the steps of the run.
 
     Raises:
         CheckpointError: the bundle is of another network or another version, or holds what no run can have saved.
@@ -42,7 +82,8 @@ def check_bundle(path: Path, state: Mapping[str, Any], trainer: Trainer) -> None
     problems = list(_outer_problems(state))
     if not problems:
         check_same_run(state["trainer"]["config"], flatten(trainer.config))
-        problems = list(_trainer_problems(state["trainer"], trainer.state_dict(), trainer))
+        most_steps = most_steps if most_steps is not None else trainer.plan.total_steps
+        problems = list(_trainer_problems(state["trainer"], trainer.state_dict(), trainer, most_steps))
     if problems:
         more = f", and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
         raise CheckpointError(f"{path}: is not of this run or version: {'; '.join(problems[:NAMED])}{more}")
@@ -128,7 +169,9 @@ def _outer_problems(state: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: found {quote(state.get(name))}"
 
 
-def _trainer_problems(found: Mapping[str, Any], own: Mapping[str, Any], trainer: Trainer) -> Iterator[str]:
+def _trainer_problems(
+    found: Mapping[str, Any], own: Mapping[str, Any], trainer: Trainer, most_steps: int
+) -> Iterator[str]:
     if found.keys() != own.keys():
         yield from differences(dict.fromkeys(found), dict.fromkeys(own), "trainer")
         return
@@ -140,7 +183,7 @@ def _trainer_problems(found: Mapping[str, Any], own: Mapping[str, Any], trainer:
         if own[part] is None and found[part] is not None:
             yield f"{part}: expected nothing, found {type(found[part]).__name__}"
         yield from differences(found[part], own[part], part)
-    yield from _optimizer_problems(found["optimizer"], own["optimizer"], trainer)
+    yield from _optimizer_problems(found["optimizer"], own["optimizer"], trainer, most_steps)
     if not _are_texts(found["unreadable"]):
         yield f"unreadable: found {quote(found['unreadable'])}"
     yield from _running_problems(found["running"], found["tokens"])
@@ -149,7 +192,7 @@ def _trainer_problems(found: Mapping[str, Any], own: Mapping[str, Any], trainer:
     yield from _tensor_problems(growth.get("mean", {}), parameters, "sparsity.weights.growth.mean")
 
 
-def _optimizer_problems(found: Any, own: Mapping[str, Any], trainer: Trainer) -> Iterator[str]:
+def _optimizer_problems(found: Any, own: Mapping[str, Any], trainer: Trainer, most_steps: int) -> Iterator[str]:
     """The moments that fused kernels go over, element by element, are of their parameter's shape."""
     problems = list(differences(found, {**own, "state": {}}, "optimizer"))
     yield from problems
@@ -176,8 +219,8 @@ def _optimizer_problems(found: Any, own: Mapping[str, Any], trainer: Trainer) ->
         step = moments.get("step", 0)
         if isinstance(step, Tensor) and step.numel() == 1:
             step = step.item()
-        if not _is_number(step) or not 0 <= step <= trainer.plan.total_steps:
-            yield f"{place}.step: expected at most {trainer.plan.total_steps:,}, found {_describe(step)}"
+        if not _is_number(step) or not 0 <= step <= most_steps:
+            yield f"{place}.step: expected at most {most_steps:,}, found {_describe(step)}"
         shaped = {name: value for name, value in moments.items() if name in ELEMENTWISE and value is not None}
         yield from _tensor_problems(shaped, dict.fromkeys(shaped, parameters[index]), place)
 

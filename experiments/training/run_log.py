@@ -43,7 +43,7 @@ class Journal:
         self._examples: Tensor | None = None  # the images of tokens/overlay
 
     def begin(self) -> None:
-        """The state before the first step."""
+        """The state before the first step; the line stays open for an evaluation of it."""
         trainer, sparsity = self.trainer, self.trainer.sparsity
         if sparsity is not None:
             self.mask_log.log_start(
@@ -51,14 +51,14 @@ class Journal:
                 live_heads=sparsity.live_heads,
                 live_neurons=sparsity.live_neurons,
                 dense_heads=sparsity.dense_heads,
+                step=trainer.tried,
             )
         numbers = {
             "budget/live_parameters": trainer.budget.live,
             "budget/total_parameters": trainer.budget.total,
             "budget/macs": trainer.count().live_macs,
         }
-        self.writer.add_numbers(numbers, 0)
-        self.writer.end_line()
+        self.writer.add_numbers(numbers, trainer.tried)
 
     def add_update(self, update: MaskUpdate) -> None:
         """What an update of the masks did, in this step."""

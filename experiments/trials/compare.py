@@ -23,7 +23,16 @@ CLOCKS = ("train/images_per_second", "update/seconds")
 """Numbers of ``metrics.jsonl`` that a clock decides."""
 BUNDLE_CLOCKS = ("seconds", "seconds_since", "images_since", "metrics_size", "metrics_line")
 """Parts of a resume bundle that a clock decides; the last two hold numbers of ``metrics.jsonl``."""
-FILES = {".lock", "checkpoints", "config.yaml", "masks", "metrics.jsonl", "sparse.safetensors", "tensorboard"}
+FILES = {
+    ".lock",
+    "checkpoints",
+    "config.yaml",
+    "masks",
+    "metrics.jsonl",
+    "origin.json",
+    "sparse.safetensors",
+    "tensorboard",
+}
 """What a finished run holds."""
 
 

@@ -71,3 +71,12 @@ def above_threshold(scores: Tensor, threshold: Tensor, live: Tensor) -> Tensor:
     best = scores.masked_fill(~live, -torch.inf).argmax(dim=1, keepdim=True)
     guard = torch.zeros_like(keep).scatter(1, best, ~keep.any(dim=1, keepdim=True))
     return keep | guard
+
+
+def on_ramp(end: float, ramp: float, progress: float, start: float = 1.0) -> float:
+    """A value that falls evenly from ``start`` to ``end`` over the share ``ramp`` of a run, and stays there.
+
+    Args:
+        progress: share of the run that is done.
+    """
+    return end if progress >= ramp else start + (end - start) * progress / ramp

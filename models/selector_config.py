@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
-    "top_k": ("keep_ratio", "gradient", "noise", "tau_start", "tau_end", "zeroing", "seed"),
+    "top_k": ("keep_ratio", "ramp", "gradient", "noise", "tau_start", "tau_end", "zeroing", "seed"),
     "threshold": ("thresholds", "temperature", "borderline"),
 }
 _DEFAULT_STAGES: dict[str, tuple[int, ...]] = {"top_k": (0,), "threshold": (4, 7, 10)}
@@ -36,6 +36,9 @@ class SelectorConfig:
     for threshold, which needs the attention of the block before and so starts at 1."""
     keep_ratio: float = 0.7
     """top_k: patches kept over patches that reach a stage."""
+    ramp: float = 0.0
+    """top_k: share of the run over which, in training, keep_ratio falls evenly from 1 to what it is; evaluation keeps
+    what it is from the start. torch.compile compiles for every number of patches on the way."""
     gradient: Literal["factor", "attention"] = "factor"
     """top_k: by what the scorer learns that a kept patch was worth it. factor: what the loss would gain if the patch
     were multiplied by more than 1 (published). attention: if the other tokens looked at it more, in the block that
@@ -100,6 +103,7 @@ class SelectorConfig:
         check("temperature", "a positive number", positive(self.temperature))
         check("borderline", "a number from 0 to 0.25", number(self.borderline) and 0 <= self.borderline <= 0.25)
         check("keep_ratio", "a share in (0, 1]", positive(self.keep_ratio) and self.keep_ratio <= 1)
+        check("ramp", "a share in [0, 1]", number(self.ramp) and 0 <= self.ramp <= 1)
         check("gradient", "one of factor, attention", self.gradient in ("factor", "attention"))
         check("noise", "0 (none) or a positive number (1: as published)", number(self.noise) and self.noise >= 0)
         check("tau_start", "a positive number", positive(self.tau_start))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.choosing import kept_count, straight_through, top_k_indices
+from models.choosing import kept_count, on_ramp, straight_through, top_k_indices
 from models.scores import at_least_float32
 from models.selector_config import SelectorConfig
 
@@ -41,6 +41,8 @@ class TopKSelector(nn.Module):
         #: (rank, size): of the processes that share each batch. Each draws the noise of the whole and takes its own
         #: part, in the order of the ranks, so that the batch is given the same noise however it is shared.
         self.share = (0, 1)
+        #: Of the patches that reach a stage, in training.
+        self.keep_ratio = on_ramp(config.keep_ratio, config.ramp, 0.0)
         #: In evaluation: draw as many patches at random in place of the best. What a score is worth is what it is worth
         #: beyond that.
         self.chance: torch.Generator | None = None
@@ -52,7 +54,8 @@ class TopKSelector(nn.Module):
         self.tau = torch.tensor(float(self.config.tau_start), device=self.tau.device if not self.tau.is_meta else None)
 
     def set_progress(self, fraction: float) -> None:
-        """Set the temperature for this fraction of training, 0 to 1."""
+        """Set the temperature, and the patches to keep, for this fraction of training, 0 to 1."""
+        self.keep_ratio = on_ramp(self.config.keep_ratio, self.config.ramp, fraction)
         self.tau.fill_(self.config.tau_start + fraction * (self.config.tau_end - self.config.tau_start))
 
     def get_extra_state(self) -> Tensor:
@@ -88,7 +91,7 @@ class TopKSelector(nn.Module):
             logits = F.linear(
                 at_least_float32(patches), at_least_float32(scorer.weight), at_least_float32(scorer.bias)
             ).squeeze(-1)
-        count = kept_count(self.config.keep_ratio, logits.shape[1])
+        count = kept_count(self.keep_ratio if self.training else self.config.keep_ratio, logits.shape[1])
         if self.training:
             noise = self.config.noise * self._noise(logits) if self.config.noise else None
             perturbed = perturb(logits, noise)

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from experiments.benchmarks import report as report_module
 from experiments.benchmarks import setting as setting_module
+from experiments.benchmarks import train as train_module
 from experiments.benchmarks.images import image_files, sample, spread_out
 from experiments.benchmarks.inference import calibrate
 from experiments.benchmarks.kernels import (
@@ -303,6 +304,23 @@ def test_threads_are_given_back() -> None:
     with use_threads(None):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 1
+
+
+def test_training_with_thresholds_is_timed_alone_and_with_a_teacher(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "peak_memory", lambda task, *arguments, device: (task(*arguments)(), 2**20)[1])
+    file = tmp_path / "figures.json"
+    given = [*SMALL, "--batch_size=4", "--amp=float32", "--device=cpu", "--selector=threshold", "--heads=1"]
+    run(capsys, "train", *given, "--neurons=1", "--tokens=0.5", f"--json={file}")
+    figures = {figure["name"]: figure for figure in json.loads(file.read_text())["figures"]}
+    share = figures["MACs of one image"]["ratio"]
+    # Of 16 patches a half, a quarter and an eighth before blocks 4, 7 and 10 of 12.
+    assert 0.5 < share < 0.7
+    assert figures["training step"]["ideal"] == share
+    assert figures["training step with a teacher"]["ideal"] == pytest.approx(share + 1 / 3)
+    assert figures["peak memory with a teacher"]["value"] == 1
+    assert fail(capsys, "train", *given).startswith("tokens: 1.0 keeps all patches")
 
 
 def test_thresholds_are_calibrated_to_the_mean(capsys: pytest.CaptureFixture[str]) -> None:

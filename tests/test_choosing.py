@@ -14,6 +14,7 @@ from models.choosing import (
     as_many_at_random,
     gather_tokens,
     kept_count,
+    on_ramp,
     straight_through,
     top_k_indices,
 )
@@ -93,3 +94,10 @@ def test_a_dropped_patch_stays_dropped_and_one_always_remains(seed: int, theta: 
     keep = above_threshold(scores, torch.tensor(theta), live)
     assert bool(keep.any(dim=1).all())
     assert not bool((keep & ~live).any())
+
+
+def test_a_ramp_by_hand() -> None:
+    falls = [on_ramp(0.4, 0.5, progress) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert falls == pytest.approx([1.0, 0.7, 0.4, 0.4, 0.4])
+    assert on_ramp(0.4, 0.0, 0.0) == 0.4
+    assert on_ramp(0.4, 0.5, 0.25, start=0.6) == pytest.approx(0.5)

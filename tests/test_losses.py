@@ -21,7 +21,7 @@ from experiments.config.run_config import LossConfig, resolve
 from experiments.errors import ConfigError
 from experiments.evaluation.measuring import TokenUse, count_used, known_tokens, missed_target
 from experiments.run_folder.folder import RunFolder
-from experiments.training import pretrained
+from experiments.training import objective, pretrained
 from experiments.training.loop import Loop, Stopped, describe
 from experiments.training.losses import distillation_loss, macs_loss
 from experiments.training.trainer import Trainer
@@ -246,6 +246,41 @@ def test_terms_are_weighed_and_logged_apart(adaptive: dict[str, Any]) -> None:
     assert all(means[f"train/loss_{name}"] > 0 for name in ("ce", "distillation", "macs"))
     assert 1 <= means["tokens/kept/1"] <= 16
     assert trainer.take_running().keys() == {"train/loss", "train/grad_norm"}
+
+
+def test_the_target_falls_over_the_first_part_of_the_run(
+    adaptive: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From all tokens of the compact network; by the step number alone, so a resumed run goes on with it."""
+    targets: list[float] = []
+
+    def record(selection: Selection, model: nn.Module, target: float, *rest: Any) -> Tensor:
+        targets.append(target)
+        return macs_loss(selection, model, target, *rest)
+
+    monkeypatch.setattr(objective, "macs_loss", record)
+    trainer = make_trainer(adaptive, {"losses": {"macs_ramp": 0.5}})
+    total = trainer.plan.total_steps
+    for step in (0, total // 4, total // 2, total - 1):
+        trainer.tried = step
+        trainer.train_step()
+    fall = (1 - 0.8) * (total // 4) / (0.5 * total)
+    assert targets == pytest.approx([1.0, 1 - fall, 0.8, 0.8])
+
+
+@pytest.mark.parametrize("amp", ["float32", "bfloat16"])
+def test_the_teacher_has_its_own_precision(amp: str, adaptive: dict[str, Any]) -> None:
+    """And in 16 bits the loss is what it was, as near as makes no difference."""
+    trainer = make_trainer(adaptive, {"losses": {"teacher_amp": amp}, "training": {"amp": "float32"}})
+    assert trainer.teacher is not None
+    images, targets = next(iter(trainer.data.train.batches(0)))[:2]
+    assert trainer.teacher(images).dtype == getattr(torch, amp)
+    terms, _ = trainer.objective.terms(trainer.model, images, targets)
+    with torch.no_grad():
+        logits = trainer.model(images)
+        exact = distillation_loss(logits, trainer.teacher.model(images))
+    assert terms["loss_distillation"].item() == pytest.approx(exact.item(), rel=0.02, abs=1e-4)
+    trainer.objective.weigh(terms).backward()
 
 
 @pytest.mark.parametrize(

@@ -105,3 +105,15 @@ def test_a_copy_draws_its_own_noise() -> None:
     copy(torch.randn(2, 8, 4), 0)
     assert torch.equal(selector.generator.get_state(), before)
     assert not torch.equal(copy.generator.get_state(), before)
+
+
+def test_training_keeps_fewer_and_fewer_patches_on_a_ramp() -> None:
+    selector = TopKSelector(SelectorConfig(keep_ratio=0.25, ramp=0.5), width=4)
+    patches = torch.randn(2, 8, 4, generator=generator())
+    counts = [selector.train()(patches, 0)[0].shape[1]]
+    for progress in (0.25, 0.5, 1.0):
+        selector.set_progress(progress)
+        counts.append(selector.train()(patches, 0)[0].shape[1])
+    assert counts == [8, 5, 2, 2]
+    selector.set_progress(0.0)
+    assert selector.eval()(patches, 0)[0].shape[1] == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,19 +34,25 @@ def calibrate(model: nn.Module, images: Tensor, keep: float, run: Callable[..., 
         run: the model in the precision that is measured, as a function of images; None for the model itself.
     """
     run = run or model
-    module: Any = model
-    selector, patches = module.selector, module.patch_embed.num_patches
+    selector = cast(Any, model).selector
     with torch.inference_mode():
         for stage in range(len(selector.stages)):
-            low, high = 0.0, 1.0
-            for _ in range(24):
-                selector.thresholds.data[stage] = (low + high) / 2
-                counts = run(images, return_selection=True)[1].counts
-                reached = counts[:, stage - 1].float().mean() if stage else float(patches)
-                if counts[:, stage].float().mean() / reached > keep:
-                    low = (low + high) / 2
-                else:
-                    high = (low + high) / 2
+            seen: list[Tensor] = []
+
+            def choose(scores: Tensor, live: Tensor, at: int, stage: int = stage, seen: list[Tensor] = seen) -> Tensor:
+                if at == stage:
+                    seen.append(scores[live])
+                kept: Tensor = type(selector).choose(selector, scores, live, at)
+                return kept
+
+            selector.choose = choose
+            try:
+                run(images, return_selection=True)
+            finally:
+                del selector.choose
+            scores = torch.cat(seen).sort(descending=True).values
+            most = max(1, round(keep * len(scores)))
+            selector.thresholds.data[stage] = scores[most - 1 : most + 1].mean()
         selection: Selection = run(images, return_selection=True)[1]
     return selection
 

@@ -16,6 +16,7 @@ from experiments.data.create_data import create_data
 from experiments.data.data_config import DataConfig
 from experiments.errors import ConfigError
 from experiments.evaluation.precision import precision_context
+from experiments.training.losses import distillation_loss
 from models import create_model
 from sparse_trainer import flops
 from sparse_trainer.units import compact, find_blocks
@@ -164,16 +165,29 @@ def training_step(
     setting: Setting,
     after: Callable[[], object] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
+    images: Tensor | None = None,
+    teacher: nn.Module | None = None,
 ) -> Step:
-    """Forward, backward and optimizer (AdamW if none is given), and whatever comes ``after`` the optimizer."""
-    images, targets = make_batch(setting)
+    """Forward, backward and optimizer (AdamW if none is given), and whatever comes ``after`` the optimizer.
+
+    Args:
+        images: a batch of other images than noise.
+        teacher: a network to learn from besides.
+    """
+    noise, targets = make_batch(setting)
+    images = noise if images is None else images
     moved = optimizer if optimizer is not None else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model) if setting.compile else model
     autocast = precision_context(images.device, setting.amp)
+    advice = None if teacher is None else classifier(teacher, setting)
 
     def step() -> None:
+        taught = None if advice is None else advice(images)
         with autocast():
-            loss = F.cross_entropy(forward(images).float(), targets)
+            logits = forward(images).float()
+            loss = F.cross_entropy(logits, targets)
+            if taught is not None:
+                loss = loss + distillation_loss(logits, taught)
         loss.backward()
         moved.step()
         if after is not None:

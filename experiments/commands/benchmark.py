@@ -34,7 +34,7 @@ from experiments.benchmarks.timing import (
     use_threads,
     write_json,
 )
-from experiments.benchmarks.train import benchmark_train
+from experiments.benchmarks.train import Selection, benchmark_train
 from experiments.config.field_docs import field_docs
 from experiments.config.reading import explain
 from experiments.errors import ConfigError
@@ -95,7 +95,7 @@ COMMANDS: dict[str, Command] = {
         measure_report, (LARGE, ReportOptions()), show_report, hidden=("model", "image_size", "patch_size")
     ),
     "overhead": Command(benchmark_overhead, (Setting(), Weights()), show_figures),
-    "train": Command(benchmark_train, (Setting(), Structure()), show_figures),
+    "train": Command(benchmark_train, (Setting(), Structure(), Selection()), show_figures),
     "inference": Command(benchmark_inference, (replace(LARGE, pairs=5), Structure(tokens=0.7)), show_figures),
     "data": Command(
         benchmark_data,

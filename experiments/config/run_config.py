@@ -78,6 +78,9 @@ class LossConfig:
     macs_target: float | None = None
     """Share of the dense network's MACs (all heads, neurons and tokens) that a threshold selector is to reach on the
     mean; null for no such term."""
+    macs_ramp: float = 0.0
+    """Share of the run over which the target falls evenly to macs_target, from what the network computes with all its
+    tokens: before it knows anything, it cannot know what to drop. 0: macs_target from the first step."""
     macs_weight: float = 2.0
     """Of the distance to the target, in GMACs. Small networks need a large one: at 0.01 GMACs dense it is at most
     0.01."""
@@ -88,6 +91,8 @@ class LossConfig:
     """Of the divergence from the teacher, KL(student || teacher)."""
     temperature: float = 1.0
     """Divides the logits of both before they are compared."""
+    teacher_amp: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the teacher; auto is bfloat16 where the device has instructions for it, else float32."""
 
     def __post_init__(self) -> None:
         if self.teacher is not None:
@@ -95,6 +100,7 @@ class LossConfig:
         check = _Checks(self)
         for name in ("cross_entropy_weight", "macs_weight", "distillation_weight"):
             check(name, "0 or more", lambda v: 0 <= v < math.inf)
+        check("macs_ramp", "a share in [0, 1]", lambda v: 0 <= v <= 1)
         check("macs_target", "a share in (0, 1] or null", lambda v: v is None or 0 < v <= 1)
         check("temperature", "a positive number", lambda v: 0 < v < math.inf)
         check("teacher", "a run folder, a checkpoint, a timm name or null", lambda v: v is None or bool(v))
@@ -320,12 +326,16 @@ def resolve(config: RunConfig, recipe: str = "") -> RunConfig:
     amp = config.training.amp
     if amp == "auto":
         amp = "bfloat16" if has_bfloat16_matmul(device) else "float32"
+    teacher_amp = config.losses.teacher_amp
+    if teacher_amp == "auto":
+        teacher_amp = "bfloat16" if has_bfloat16_matmul(device) else "float32"
     lr = config.optimizer.lr
     if lr is None:
         lr = config.optimizer.base_lr * config.step_images / REFERENCE_BATCH
     return dataclasses.replace(
         config,
         recipe=config.recipe or recipe or "run",
+        losses=dataclasses.replace(config.losses, teacher_amp=teacher_amp),
         optimizer=dataclasses.replace(config.optimizer, lr=lr),
         training=dataclasses.replace(config.training, device=str(device), amp=amp),
     )

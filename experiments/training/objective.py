@@ -14,6 +14,7 @@ from experiments.evaluation.precision import Autocast
 from experiments.processes.processes import Processes
 from experiments.training.losses import create_loss, distillation_loss, macs_loss
 from models import Selection
+from models.choosing import on_ramp
 from sparse_trainer.flops import model_macs
 
 
@@ -44,6 +45,7 @@ class Objective:
         self.selects = config.selector is not None
         self.model, self.dense_macs, self.teacher = model, dense_macs, teacher
         self.autocast, self.processes = autocast, processes
+        self.progress = 0.0  #: share of the run that is done
 
     def terms(self, network: nn.Module, images: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Selection | None]:
         """The terms of the loss that are on, each before its weight; and what the selector kept.
@@ -56,6 +58,8 @@ class Objective:
         config = self.config
         terms: dict[str, Tensor] = {}
         selection: Selection | None = None
+        # Before the network, so that what it needs is gone when the network's activations are there.
+        taught = self.teacher(images) if self.teacher is not None else None
         with self.autocast():
             if self.selects:
                 logits, selection = network(images, return_selection=True)
@@ -63,13 +67,15 @@ class Objective:
                 logits = network(images)
             if config.cross_entropy_weight:
                 terms["loss_ce"] = self.loss(logits, targets)
-            if self.teacher is not None:
-                terms["loss_distillation"] = distillation_loss(logits, self.teacher(images), config.temperature)
+            if taught is not None:
+                terms["loss_distillation"] = distillation_loss(logits, taught, config.temperature)
         if config.macs_target is not None and config.bounds_macs:
             assert selection is not None
-            terms["loss_macs"] = macs_loss(
-                selection, self.model, config.macs_target, self.dense_macs, self.processes.mean
-            )
+            target = config.macs_target
+            if self.progress < config.macs_ramp:
+                start = float(model_macs(self.model, _tokens(self.model, 0)[1])) / self.dense_macs
+                target = on_ramp(target, config.macs_ramp, self.progress, start=start)
+            terms["loss_macs"] = macs_loss(selection, self.model, target, self.dense_macs, self.processes.mean)
         return terms, selection
 
     def weigh(self, terms: Mapping[str, Tensor]) -> Tensor:
@@ -105,14 +111,19 @@ def check_target(config: RunConfig, network: nn.Module, dense_macs: float) -> No
         return
     assert selector is not None
     assert selector.stages is not None
-    model = cast(Any, network)
-    prefix, patches = model.num_prefix_tokens, model.patch_embed.num_patches
-    most = torch.full((1, len(model.blocks)), prefix + patches, dtype=torch.float64)
-    least = most.clone()
-    least[:, selector.stages[0] :] = prefix + 1
-    low, high = (float(model_macs(model, tokens)) / dense_macs for tokens in (least, most))
+    low, high = (float(model_macs(network, tokens)) / dense_macs for tokens in _tokens(network, selector.stages[0]))
     if not low <= target <= high + 1e-6:
         raise ConfigError(
             f"losses.macs_target: {target} of the dense MACs cannot be reached; with selector.stages "
             f"{list(selector.stages)} and the heads and neurons that are live it is between {low:.3f} and {high:.3f}"
         )
+
+
+def _tokens(network: nn.Module, first_stage: int) -> tuple[Tensor, Tensor]:
+    """The fewest tokens that can enter each block, and the most: ``[1, depth]``."""
+    model = cast(Any, network)
+    prefix, patches = model.num_prefix_tokens, model.patch_embed.num_patches
+    most = torch.full((1, len(model.blocks)), prefix + patches, dtype=torch.float64)
+    least = most.clone()
+    least[:, first_stage:] = prefix + 1
+    return least, most

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from timm.models import get_pretrained_cfg
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from experiments.data.create_data import Data
 from experiments.errors import ConfigError
+from experiments.evaluation.precision import Autocast, precision_context
 from experiments.run_folder.folder import RunFolder
 from models import create_model, resolve
 from sparse_trainer.files.checkpoint import CheckpointError, load_sparse, read_info, read_sparse
@@ -96,12 +98,14 @@ class Teacher:
     model: nn.Module
     scale: Tensor  #: ``[C, 1, 1]``: from the normalisation of the run's images to the teacher's own
     shift: Tensor  #: ``[C, 1, 1]``
+    autocast: Autocast  #: its own precision, whatever that of the run
+    forward: Callable[[Tensor], Tensor]  #: the model, or what torch.compile made of it
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
         """Logits ``[B, K]`` of normalised images ``[B, C, S, S]``."""
-        logits: Tensor = self.model(images * self.scale + self.shift)
-        return logits
+        with torch.autocast(images.device.type, enabled=False), self.autocast():
+            return self.forward(images * self.scale + self.shift)
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,15 @@ class _Wants:
     std: tuple[float, ...]
 
 
-def create_teacher(where: str, data: Data, device: torch.device) -> Teacher:
+def create_teacher(
+    where: str, data: Data, device: torch.device, *, amp: str = "float32", compile: bool = False
+) -> Teacher:
     """The network called ``where``, in evaluation mode and without gradients.
 
     Args:
         where: a run folder or checkpoint of this project; or a timm name, then with its pretrained weights.
+        amp: its precision, see :func:`experiments.evaluation.precision.precision_context`.
+        compile: run it through ``torch.compile``.
 
     Raises:
         ConfigError: there is no such network, it cannot be read, or it takes other images or classes.
@@ -148,7 +156,8 @@ def create_teacher(where: str, data: Data, device: torch.device) -> Teacher:
         for values in (data.mean, data.std, wants.mean, wants.std)
     )
     scale, shift = std / own_std, (mean - own_mean) / own_std
-    return Teacher(model, scale.float().to(device), shift.float().to(device))
+    forward = cast(Callable[[Tensor], Tensor], torch.compile(model) if compile else model)
+    return Teacher(model, scale.float().to(device), shift.float().to(device), precision_context(device, amp), forward)
 
 
 def _create_timm(name: str, data: Data) -> tuple[nn.Module, _Wants]:

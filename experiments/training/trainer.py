@@ -94,7 +94,13 @@ class Trainer:
         self.teacher = None
         if config.losses.distills:
             assert config.losses.teacher is not None
-            self.teacher = create_teacher(config.losses.teacher, data, self.device)
+            self.teacher = create_teacher(
+                config.losses.teacher,
+                data,
+                self.device,
+                amp=config.losses.teacher_amp,
+                compile=training.compile,
+            )
         self.notes: tuple[str, ...] = ()
         self.sparsity: SparsityScheduler | None = None
         self.tokens: TokenUse | None = None  # of the last evaluation; None: all tokens, or none measured yet
@@ -218,8 +224,9 @@ class Trainer:
             TrainingError: too many steps in a row were dropped, the data cannot be read any more, or the masks of
                 the processes differ.
         """
+        self.objective.progress = self.tried / self.plan.total_steps
         if hasattr(self.model, "set_progress"):
-            cast(Any, self.model).set_progress(self.tried / self.plan.total_steps)
+            cast(Any, self.model).set_progress(self.objective.progress)
         recording = Recording(self.model, self.device) if self._is_last_chance else None
         found, kept, last = self._collect_gradients(recording)
         norm = gradient_norm(self._clipped)

@@ -56,7 +56,9 @@ def test_all_settings_of_the_data_have_a_place() -> None:
         "data.subset_seed",
         "data.eval_subset",
         "data.memory_limit",
+        "losses.macs_ramp",
         "losses.macs_weight",
+        "losses.teacher_amp",
         "optimizer.threshold_lr_scale",
     }
     sections = ("data.", "optimizer.", "schedule.", "training.", "losses.", "model.", "output.")

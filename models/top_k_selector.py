@@ -77,7 +77,7 @@ class TopKSelector(nn.Module):
         uniform = torch.rand(size * images, patches, generator=self.generator, dtype=like.dtype)
         uniform = uniform[rank * images : (rank + 1) * images]
         tiny = torch.finfo(uniform.dtype).tiny
-        return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log().to(like.device)
+        return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log().to(like.device, non_blocking=True)
 
     def forward(self, patches: Tensor, stage: int) -> tuple[Tensor, Tensor]:
         """Choose among the patches ``[B, N, C]`` that reach stage number ``stage``.

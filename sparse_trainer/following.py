@@ -126,6 +126,10 @@ class Following:
         skipped, self._skipped = int(self._skipped), None
         return skipped
 
+    def forget_skipped(self) -> None:
+        """Whether the last steps were skipped is known otherwise; the device need not be read."""
+        self._skipped = None
+
     def _count_pass(self, _: Tensor) -> None:
         if self._first.grad is None:
             self.passes = 0  # an optimizer step begins: passes of one that was dropped do not count

@@ -227,6 +227,11 @@ class SparsityScheduler:
         """Whether the next optimizer step, if it counts, ends in an update."""
         return self.schedule.is_update(self._exact_step() + 1)
 
+    @property
+    def collecting(self) -> bool:
+        """Whether the gradient of the next optimizer step will rank what grows."""
+        return self._weights is not None and self._weights.growth.collecting
+
     def attach(
         self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer], ema: nn.Module | None = None
     ) -> None:
@@ -347,7 +352,7 @@ class SparsityScheduler:
         if release:
             release_model(self.model)
 
-    def step(self, closure: LossClosure | None = None) -> MaskUpdate | None:
+    def step(self, closure: LossClosure | None = None, *, skipped: bool | None = None) -> MaskUpdate | None:
         """Call after each ``optimizer.step()``. Runs an update if one is due.
 
         A step that AMP skipped does not count: nothing moves.
@@ -355,6 +360,8 @@ class SparsityScheduler:
         Args:
             closure: returns the loss of one batch (a forward pass of the bare model, no backward). Needed for
                 heads and neurons, and called at updates only.
+            skipped: whether a fused optimizer left out its step on the device, where the caller knows; else the device
+                is asked when an update may be due.
 
         Returns:
             the report of the update, or None between updates.
@@ -380,6 +387,10 @@ class SparsityScheduler:
                 )
             return None
         self._enforcement.look(everywhere=False)
+        if skipped is not None:
+            self._following.forget_skipped()
+        if skipped:
+            return None
         self._step += 1
         update = None
         due = self.schedule.next_update(self._last_update + 1)

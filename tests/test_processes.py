@@ -239,7 +239,7 @@ def too_many_bad(processes: Processes, folder: Path) -> str:
 def data_ends_on_one(processes: Processes, folder: Path) -> Found:
     """With the second batch of an accumulated step; the others must not wait for the gradients of that step."""
     trainer = make(processes, KINDS["everything"] | {"training": {"accumulate": 2, "steps": 10}}, THRESHOLD)
-    read = trainer._batches
+    read = trainer.feed.batches
 
     def breaking() -> Iterator[Any]:
         for number, batch in enumerate(read):
@@ -247,7 +247,7 @@ def data_ends_on_one(processes: Processes, folder: Path) -> Found:
                 raise TrainingError("data: 10 images in a row cannot be read")
             yield batch
 
-    trainer._batches = breaking()
+    trainer.feed.batches = breaking()
     trainer.train_step()
     before = json_like(trainer.state_dict())
     with pytest.raises(TrainingError) as caught:

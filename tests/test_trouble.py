@@ -126,7 +126,7 @@ def test_the_step_is_run_again_as_it_was() -> None:
         if one is trainer:
             one.train_step()
     model: Any = other.model
-    recording = Recording(model, other.device, [other._next_batch() for _ in range(2)])
+    recording = Recording(model, other.device, [other.feed.next() for _ in range(2)])
     torch.rand(5)
     torch.rand(5, generator=model.selector.generator)
     before = torch.get_rng_state(), model.selector.get_extra_state()

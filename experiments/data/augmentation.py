@@ -164,7 +164,8 @@ def grey(images: Tensor) -> Tensor:
     """Luminance [B, 1, S, S] of RGB images (ITU-R 601), or the image itself if it has one channel."""
     if images.shape[1] == 1:
         return images
-    weights = images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    # Filled on the device: numbers that are sent there make the host wait.
+    weights = torch.cat([images.new_full((1, 1, 1, 1), weight) for weight in (0.299, 0.587, 0.114)], dim=1)
     return (images * weights).sum(dim=1, keepdim=True)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from experiments.config.reading import flatten, naming
 from experiments.config.run_config import RunConfig
 from experiments.data.create_data import Data
-from experiments.data.mixing import create_mixup
 from experiments.evaluation.measuring import Measured, TokenUse, count_used, known_tokens, measure
 from experiments.evaluation.precision import precision_context
 from experiments.processes.data_parallel import averaging, in_parallel
@@ -28,38 +26,22 @@ from experiments.run_folder.same_settings import (
     check_same_run,
     check_same_settings,
 )
+from experiments.training.feed import Feed
 from experiments.training.network import create_lr_schedule, create_network, create_optimizer
 from experiments.training.numerical_trouble import Recording, explain
 from experiments.training.objective import Objective, check_target
+from experiments.training.outcome import StepResult, TrainingError
 from experiments.training.plan import create_plan
 from experiments.training.pretrained import create_teacher
 from experiments.training.running_means import Running
-from models.threshold_selector import ThresholdSelector
+from experiments.training.verdict import agree
+from experiments.training.weight_step import WeightStep
 from models.top_k_selector import TopKSelector
 from sparse_trainer.agreement import DisagreementError
 from sparse_trainer.budget import Budget
 from sparse_trainer.flops import Count
 from sparse_trainer.report import MaskUpdate
 from sparse_trainer.scheduler import SparsityScheduler, prunable_weights
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message is one line for the user."""
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Of all gradients together, a scalar."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one optimizer step did."""
-
-    counted: bool  #: False: loss or gradient was not finite, on whichever process, and nothing moved on any
-    update: MaskUpdate | None = None
-    warnings: tuple[str, ...] = ()
-    stop: bool = False  #: a process was asked to stop
 
 
 class Trainer:
@@ -90,7 +72,7 @@ class Trainer:
         self.model = network.model.to(self.device)
         self.model.train()
         self.autocast = precision_context(self.device, training.amp)
-        self.mixing = create_mixup(config.data, data.num_classes, seed=training.seed)
+        self.feed = Feed(config, data, self.plan, self.device, processes)
         self.teacher = None
         if config.losses.distills:
             assert config.losses.teacher is not None
@@ -136,16 +118,12 @@ class Trainer:
         if training.ema_decay is not None:
             self.ema = ModelEmaV3(self.model, decay=training.ema_decay, use_warmup=training.ema_warmup)
         self.optimizer = create_optimizer(self.model, config.optimizer)
-        # The slope at a threshold is in the thousands: its gradient would be all of the norm, and clipping by it would
-        # scale the network's own gradient by chance.
-        own = list(selector.parameters()) if isinstance(selector, ThresholdSelector) else []
-        self._unclipped: list[nn.Parameter] = own
-        self._clipped = [p for p in self.model.parameters() if not any(p is other for other in own)]
         if self.sparsity is not None:
             with naming("optimizer"):
                 self.sparsity.attach(self.optimizer, ema=self.ema.module if self.ema is not None else None)
         self.lr_schedule = create_lr_schedule(self.optimizer, config.schedule, self.plan)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "float16")
+        self.weight_step = WeightStep(self.model, self.optimizer, self.scaler, training.clip_grad)
         self.forward: nn.Module = torch.compile(self.model) if training.compile else self.model  # type: ignore[assignment]
         if processes.size > 1:
             image = (data.in_chans, data.image_size, data.image_size)
@@ -156,8 +134,6 @@ class Trainer:
         self.step = 0  # optimizer steps that counted
         self.bad_in_a_row = 0
         self.running = Running()
-        self._batches: Iterator[tuple[int, int, Tensor, Tensor]] = self._read_batches()
-        self._data_error: TrainingError | None = None
 
     @property
     def bad_steps(self) -> int:
@@ -229,17 +205,25 @@ class Trainer:
             cast(Any, self.model).set_progress(self.objective.progress)
         recording = Recording(self.model, self.device) if self._is_last_chance else None
         found, kept, last = self._collect_gradients(recording)
-        norm = gradient_norm(self._clipped)
-        whole_norm = norm + gradient_norm(self._unclipped)
-        bad, stops, failed = self._agree(found, kept, whole_norm, stop)
+        norm, whole_norm = self.weight_step.norms()
+        error = self.feed.error
+        verdict = agree(found, kept, whole_norm, stop=stop, failed=error is not None, processes=self.processes)
+        # An update of the masks looks at the gradient of its step, so near one it must be known what that is.
+        due = self.sparsity is not None and self.sparsity.update_due
+        near = due or (self.sparsity is not None and self.sparsity.collecting)
+        known = near or recording is not None or not self.weight_step.may_wait
+        if not known:
+            self.weight_step.move_unless(verdict.drop, norm)
+        bad, stops, failed = verdict.read()
         if failed:
-            errors = self.processes.gather(self._data_error and str(self._data_error))
+            errors = self.processes.gather(error and str(error))
             raise TrainingError("; ".join(f"{error} (process {rank})" for rank, error in enumerate(errors) if error))
         reason = ""
         if bad and recording is not None:
             reason = explain(recording, self.objective, self.processes, self.scaler.scale)
-        self._move_weights(norm, bad, overflowed=whole_norm)
-        update, notes = self._update_masks(*last)
+        if known:
+            self.weight_step.move(norm, bad, overflowed=whole_norm)
+        update, notes = self._update_masks(*last, due=due, skipped=bad and not known)
         self.optimizer.zero_grad(set_to_none=True)
         self.tried += 1
         if bad:
@@ -272,7 +256,7 @@ class Trainer:
         found: dict[str, Tensor] = {}
         kept: Tensor | None = None
         for number in range(accumulate):
-            images, targets = self._next_batch()
+            images, targets = self.feed.next()
             if recording is not None:
                 recording.batches.append((images, targets))
             with averaging(self.forward, number == accumulate - 1):
@@ -288,64 +272,10 @@ class Trainer:
         self.scaler.unscale_(self.optimizer)
         return found, kept, (images, targets)
 
-    def _move_weights(self, norm: Tensor, bad: bool, *, overflowed: Tensor) -> None:
-        """The optimizer's step, along a gradient whose ``norm`` is known; nothing where something is bad.
-
-        Args:
-            overflowed: not finite if any gradient is not.
-        """
-        if bad and self.scaler.is_enabled() and bool(overflowed.isfinite()):
-            self.scaler.update(self.scaler.get_scale())  # no gradient overflowed: the scale may stay
-            return
-        if not bad:
-            limit = self.config.training.clip_grad
-            if limit is not None:
-                torch.nn.utils.clip_grads_with_norm_(self._clipped, limit, norm)
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-
     @property
     def _is_last_chance(self) -> bool:
         """Whether the run ends if the next step is dropped too."""
         return self.bad_in_a_row + 1 >= self.config.training.max_bad_steps
-
-    def _next_batch(self) -> tuple[Tensor, Tensor]:
-        """Images and targets as the network sees them.
-
-        Where one process of several cannot read on, it goes through the step with black images: the others are on
-        their way to where they meet, and would wait for it there. The step comes to nothing.
-        """
-        try:
-            epoch, batch, images, targets = next(self._batches)
-        except TrainingError as error:
-            if self.processes.size == 1:
-                raise
-            self._data_error = error
-            self._batches = self._black_batches()
-            epoch, batch, images, targets = next(self._batches)
-        if self.mixing is not None:
-            images, targets = self.mixing(images, targets, epoch=epoch, batch=batch)
-        return images, targets
-
-    def _agree(
-        self, found: dict[str, Tensor], kept: Tensor | None, norm: Tensor, stop: bool
-    ) -> tuple[bool, bool, bool]:
-        """Whether any process has something that is not finite, is to stop, and could not read its images.
-
-        All that the processes say to each other in a step, beside the gradients, goes in one small vector; what the
-        host reads of it is all that it waits for. ``found`` and ``kept`` become the means over all processes.
-        """
-        bad = (~(found["loss"] + norm).isfinite()).float()
-        flags = torch.stack([bad, *(norm.new_full((), float(flag)) for flag in (stop, self._data_error is not None))])
-        if self.processes.size > 1:
-            measured = [torch.stack(list(found.values())), *([kept] if kept is not None else [])]
-            vector = self.processes.sum(torch.cat([flags, *measured]))
-            flags, values = vector[:3], vector[3:] / self.processes.size
-            found.update(zip(found, values[: len(found)].unbind(), strict=True))
-            if kept is not None:
-                kept.copy_(values[len(found) :])
-        any_bad, any_stop, any_failed = (flag > 0 for flag in flags.tolist())
-        return any_bad, any_stop, any_failed
 
     def take_running(self) -> dict[str, float]:
         """Means since the last call by tag: loss and its terms (unweighted), gradient norm, patches kept per stage."""
@@ -429,7 +359,7 @@ class Trainer:
             steps=running["steps"],
         )
         self.tokens = TokenUse(**state["tokens"]) if state["tokens"] is not None else None
-        self._batches = self._read_batches()
+        self.feed.go_to(self.tried)
         self.data.corrupt_files.update(state["unreadable"])
         resume_random_states(
             state["random"],
@@ -442,13 +372,17 @@ class Trainer:
 
     def _first_loss(self) -> Tensor:
         """Of the first batch as it will be trained on."""
-        images, targets = next(iter(self.data.train.batches(0, 0)))
-        if self.mixing is not None:
-            images, targets = self.mixing(images, targets, epoch=0, batch=0)
-        return self.objective.probe(images, targets)
+        return self.objective.probe(*self.feed.first())
 
-    def _update_masks(self, images: Tensor, targets: Tensor) -> tuple[MaskUpdate | None, tuple[str, ...]]:
-        """Tell the scheduler of the step, whether it was taken or not; also what it warns of."""
+    def _update_masks(
+        self, images: Tensor, targets: Tensor, *, due: bool, skipped: bool
+    ) -> tuple[MaskUpdate | None, tuple[str, ...]]:
+        """Tell the scheduler of the step, whether it was taken or not; also what it warns of.
+
+        Args:
+            due: whether the step ends in an update, if it counts.
+            skipped: the optimizer was called, and left the step out on the device.
+        """
         if self.sparsity is None:
             return None, ()
         closure = None
@@ -457,8 +391,8 @@ class Trainer:
             def closure() -> Tensor:
                 return self.objective.probe(images, targets)
 
-        if not self.sparsity.update_due:
-            return self.sparsity.step(closure), ()
+        if not due:
+            return self.sparsity.step(closure, skipped=skipped), ()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -466,27 +400,3 @@ class Trainer:
             except DisagreementError as error:
                 raise TrainingError(f"{error}; go on from the last checkpoint") from error
         return update, tuple(str(warning.message) for warning in caught)
-
-    def _read_batches(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Epoch, batch number, images and targets from where the run stands, without end."""
-        epoch, start = self.plan.locate(self.tried)
-        stop = self.plan.steps_per_epoch * self.plan.accumulate
-        try:
-            while True:
-                batches = self.data.train.batches(epoch, start)
-                for batch, (images, targets) in zip(range(start, stop), batches, strict=False):
-                    yield epoch, batch, images, targets
-                epoch, start = epoch + 1, 0
-        except (ValueError, OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
-                raise
-            # Of a worker process it brings the whole trace, the message last.
-            raise TrainingError(f"data: {str(error).strip().splitlines()[-1]}") from error
-
-    def _black_batches(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """What :meth:`_read_batches` gives, without any picture."""
-        share = self.config.data.batch_size // self.processes.size
-        size = self.data.image_size
-        while True:
-            images = torch.zeros(share, self.data.in_chans, size, size, device=self.device)
-            yield 0, 0, images, torch.zeros(share, dtype=torch.int64, device=self.device)

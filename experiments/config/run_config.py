@@ -50,7 +50,8 @@ class ModelConfig:
     pretrained: bool = False
     """Start from timm's weights."""
     start: str | None = None
-    """Start from the weights of a dense run of this project: its folder, or a sparse checkpoint of it."""
+    """Start from the weights of a dense run of this project (its folder, or a sparse checkpoint of it), or of a file in
+    timm's names (.safetensors, or .pth with weights only): other image sizes, channels and classes are fitted."""
     drop_path: float = 0.0
     """Stochastic depth: the greatest probability that a block is left out."""
     kwargs: dict[str, Any] = field(default_factory=dict)

@@ -33,6 +33,7 @@ class Network:
     model: nn.Module
     name: str  #: timm's
     arguments: dict[str, Any]  #: all that ``timm.create_model`` needs beside the name and ``pretrained``
+    notes: tuple[str, ...] = ()  #: what the user should know of its weights
 
 
 def create_network(config: RunConfig, data: Data, *, resuming: bool = False) -> Network:
@@ -74,9 +75,10 @@ def create_network(config: RunConfig, data: Data, *, resuming: bool = False) -> 
             raise
         except Exception as error:  # of timm, of a download, of whatever an argument reaches
             raise ValueError(f"{name} cannot be made with {arguments}: {error or type(error).__name__}") from error
+    notes = []
     if config.model.start is not None and not resuming:
-        load_start(model, config.model.start, data)
-    return Network(model, name, arguments)
+        notes = load_start(model, config.model.start, data)
+    return Network(model, name, arguments, tuple(notes))
 
 
 def create_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:

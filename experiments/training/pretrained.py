@@ -16,6 +16,7 @@ from experiments.data.create_data import Data
 from experiments.errors import ConfigError
 from experiments.evaluation.precision import Autocast, precision_context
 from experiments.run_folder.folder import RunFolder
+from experiments.training.foreign_weights import find_foreign, load_foreign
 from models import create_model, resolve
 from sparse_trainer.files.checkpoint import CheckpointError, load_sparse, read_info, read_sparse
 
@@ -38,17 +39,25 @@ def find_checkpoint(where: str, key: str) -> Path:
     return path
 
 
-def load_start(model: nn.Module, where: str, data: Data) -> None:
-    """Give a new model the weights of a dense run, in place. A selector that the run had none of keeps its own.
+def load_start(model: nn.Module, where: str, data: Data) -> list[str]:
+    """Give a new model the weights of a dense run, or of a file of timm's, in place.
+
+    A selector that the run had none of keeps its own.
 
     Args:
         model: dense, with a selector or without.
-        where: a run folder or a checkpoint.
+        where: a run folder or a checkpoint; or a file of weights in timm's names, or a folder that holds one.
+
+    Returns:
+        What was not taken as it is, for the user.
 
     Raises:
         ConfigError: it is no dense run, of another model, or of other classes.
     """
     key = "model.start"
+    foreign = find_foreign(Path(where))
+    if foreign is not None:
+        return load_foreign(model, foreign)
     path = find_checkpoint(where, key)
     try:
         contents = read_sparse(path)
@@ -77,6 +86,7 @@ def load_start(model: nn.Module, where: str, data: Data) -> None:
     if info.class_names is not None and info.class_names != data.class_names:
         raise ConfigError(f"{key}: {where} knows other classes ({_some(info.class_names)}) than {_classes_of(data)}")
     model.load_state_dict(given, strict=False)
+    return []
 
 
 def _shape(tensor: Tensor | None) -> str:

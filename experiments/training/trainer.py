@@ -83,7 +83,7 @@ class Trainer:
                 amp=config.losses.teacher_amp,
                 compile=training.compile,
             )
-        self.notes: tuple[str, ...] = ()
+        self.notes = network.notes
         self.sparsity: SparsityScheduler | None = None
         self.tokens: TokenUse | None = None  # of the last evaluation; None: all tokens, or none measured yet
         dense = {name: value for name, value in self.model.state_dict().items() if not name.startswith("selector.")}
@@ -110,7 +110,7 @@ class Trainer:
                 self.sparsity = SparsityScheduler(
                     self.model, config.sparsity, total_steps=self.plan.total_steps, closure=closure
                 )
-            self.notes = tuple(str(warning.message) for warning in caught)
+            self.notes += tuple(str(warning.message) for warning in caught)
             self.model.train()
         check_target(config, self.model, self.dense_macs)
 

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 COMMANDS = {
     "train": "train a sparse Vision Transformer from a recipe",
     "evaluate": "accuracy of a sparse checkpoint",
+    "predict": "what a sparse checkpoint sees in images",
     "export": "a sparse checkpoint in other formats",
     "inspect": "what is in a sparse checkpoint or a run",
     "benchmark": "measure speed and memory",

@@ -70,6 +70,31 @@ def evaluation_images(path: Path, info: SparseInfo) -> tuple[list[str], Tensor]:
     return [data.class_names[int(targets[place])] for place in places], images[places]
 
 
+def check_output(option: str, output: Path, checkpoint: Path, info: SparseInfo) -> None:
+    """Refuse to draw what there is not, or into a file of another kind; before anything is computed.
+
+    Raises:
+        ConfigError: the checkpoint drops no patches, or the name is none of a picture.
+    """
+    if info.selector is None:
+        raise ConfigError(f"{option}: {checkpoint} has no token selector, so it drops nothing that could be drawn")
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"{option}: {output} is no name of a picture; end it in .png")
+
+
+def save_picture(option: str, picture: Tensor, output: Path) -> None:
+    """Write ``[3, H, W]`` in 0..1.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    try:
+        Image.fromarray(pixels).save(output)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{option}: cannot write {output}: {error}") from error
+
+
 def draw_images(path: Path, paths: Sequence[str] | None, output: Path) -> tuple[list[str], Selection]:
     """Write the picture; returns the names of the images and what was kept of them.
 
@@ -77,19 +102,12 @@ def draw_images(path: Path, paths: Sequence[str] | None, output: Path) -> tuple[
         ConfigError: the checkpoint drops no patches, or a file cannot be read or written.
     """
     info = read_info(path)
-    if info.selector is None:
-        raise ConfigError(f"--output: {path} has no token selector, so it drops nothing that could be drawn")
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"--output: {output} is no name of a picture; end it in .png")
+    check_output("--output", output, path, info)
     names, images = read_images(paths, data_of(path, info), info) if paths else evaluation_images(path, info)
     model = load_sparse(path, create_model=create_model)
     try:
         picture, selection = draw(model, images, info.mean, info.std, precision_context(torch.device("cpu"), "float32"))
     except ValueError as error:
         raise ConfigError(f"--output: {error}") from error
-    pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    try:
-        Image.fromarray(pixels).save(output)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--output: cannot write {output}: {error}") from error
+    save_picture("--output", picture, output)
     return names, selection

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models import create_model
 from sparse_trainer import SparsityConfig, SparsityScheduler
-from tests.conftest import TINY
+from tests.conftest import DEVICES, TINY
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "weights": {"density": 0.5},
@@ -23,11 +23,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
 SELECTORS = {"tokens": {"kind": "threshold", "stages": (1,), "thresholds": (0.005,)}}
 
 
-def train(kind: str, rank: int, world: int) -> dict[str, Any]:
+def train(kind: str, rank: int, world: int, device: str = "cpu") -> dict[str, Any]:
     """Six steps with three updates; in float64, so that the order of summation decides nothing."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = create_model("deit_tiny_patch16_224", selector=SELECTORS.get(kind), **TINY).double()
+    model = create_model("deit_tiny_patch16_224", selector=SELECTORS.get(kind), **TINY).double().to(device)
     config = SparsityConfig(update_every=2, drop_fraction=0.6, **CONFIGS[kind])
     scheduler = SparsityScheduler(model, config, total_steps=12)
     thresholds = [p for name, p in model.named_parameters() if name == "selector.thresholds"]
@@ -40,6 +40,7 @@ def train(kind: str, rank: int, world: int) -> dict[str, Any]:
     for _ in range(6):
         images = torch.randn(8, 1, 16, 16, generator=generator, dtype=torch.float64)
         targets = torch.randint(5, (8,), generator=generator)
+        images, targets = images.to(device), targets.to(device)
         part = slice(rank * 8 // world, (rank + 1) * 8 // world)
 
         def loss(network: nn.Module, images: Tensor = images[part], targets: Tensor = targets[part]) -> Tensor:
@@ -58,25 +59,31 @@ def train(kind: str, rank: int, world: int) -> dict[str, Any]:
     }
 
 
-def work(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.save({kind: train(kind, rank, 2) for kind in CONFIGS}, os.path.join(folder, f"{rank}.pt"))
+def work(rank: int, folder: str, device: str = "cpu") -> None:
+    """Two processes on one GPU talk by gloo, since NCCL wants one each."""
+    many = device == "cuda" and torch.cuda.device_count() > 1
+    if many:
+        torch.cuda.set_device(rank)
+    place = f"file://{folder}/rendezvous"
+    dist.init_process_group("nccl" if many else "gloo", init_method=place, rank=rank, world_size=2)
+    torch.save({kind: train(kind, rank, 2, device) for kind in CONFIGS}, os.path.join(folder, f"{rank}.pt"))
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=DEVICES)
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes found, by kind."""
     folder = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(work, args=(str(folder),), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    torch.multiprocessing.spawn(work, args=(str(folder), request.param), nprocs=2)
+    found = [folder / f"{rank}.pt" for rank in range(2)]
+    return [torch.load(file, weights_only=True, map_location=request.param) for file in found]
 
 
 @pytest.mark.filterwarnings("ignore:.*is rounded to", "ignore:.*growth changes nothing")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_two_processes_equal_one(kind: str, ranks: list[dict[str, Any]]) -> None:
     first, second = (rank[kind] for rank in ranks)
-    alone = train(kind, 0, 1)
+    alone = train(kind, 0, 1, first["weights"]["cls_token"].device.type)
     for name, mask in alone["masks"].items():
         assert torch.equal(first["masks"][name], second["masks"][name])
         assert torch.equal(first["masks"][name], mask), name

@@ -11,7 +11,8 @@ from experiments.gpu.record import Deadline, Record
 from experiments.gpu.settings import Settings
 
 OUTCOME = re.compile(r"^(tests/\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
-MARK = "mark.cuda"
+MARKS = ("mark.cuda", "DEVICES")
+"""How a test file says that some of its tests are for a GPU."""
 
 
 def run(settings: Settings) -> int:
@@ -39,4 +40,5 @@ def run(settings: Settings) -> int:
 
 def marked_files(folder: Path) -> list[Path]:
     """The test files that know the mark: to import all the others takes time, and packages that may be missing."""
-    return [path for path in sorted(folder.glob("test_*.py")) if MARK in path.read_text(encoding="utf-8")]
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(folder.glob("test_*.py"))}
+    return [path for path, text in texts.items() if any(mark in text for mark in MARKS)]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.blocks import attend_scored, draw_depth, finish, of_tokens, project, run_block
+from models.fusing import fuse_on_sheet
 from models.masked_attention import (
     MaskedAttention,
     Sheets,
@@ -96,7 +97,9 @@ def _run_on_sheets(
 ) -> tuple[Tensor, Selection]:
     """From the first stage on."""
     prefix, (images, everything, _) = model.num_prefix_tokens, x.shape
-    tokens = Tokens(x.flatten(0, 1), uniform_layout(images, everything, x.device))
+    fuses = selector.config.dropped == "fused"
+    places = everything + len(selector.stages) if fuses else everything
+    tokens = Tokens(x.flatten(0, 1), uniform_layout(images, everything, x.device, places))
     masks: list[Tensor] = []
     last = len(model.blocks) - 1
     for number in range(selector.stages[0], len(model.blocks)):
@@ -105,15 +108,15 @@ def _run_on_sheets(
             tokens = _drop(selector, tokens, scores, masks, cast(Block, model.blocks[number]), prefix)
         scored = number + 1 in selector.stages
         sheet, borderline, scores = call(
-            _run_block, model, model.blocks[number], tokens, scored, scored or number == last
+            _run_block, model, model.blocks[number], tokens, everything if scored else None, scored or number == last
         )
         if scored:
-            scores = on_grid(scores, tokens.layout, -torch.inf)[:, prefix:]
+            scores = on_grid(scores, tokens.layout, -torch.inf)[:, prefix:everything]
         tokens = Tokens(sheet, tokens.layout, tokens.mask, borderline, tokens.borderline_mask, tokens.sheets)
     heads = tokens.layout.starts[:-1].long()[:, None] + torch.arange(prefix, device=x.device)
     rows = heads[tokens.layout.order.argsort()].flatten()
     return tokens.sheet.index_select(0, rows).unflatten(0, (images, prefix)), Selection(
-        selector.stages, tuple(masks), prefix
+        selector.stages, tuple(masks), prefix, fuses=fuses
     )
 
 
@@ -127,31 +130,45 @@ def _drop(
     selector: ThresholdSelector, tokens: Tokens, scores: Tensor, masks: list[Tensor], block: Block, prefix: int
 ) -> Tokens:
     """Make the sheets smaller at stage number ``len(masks) - 1``."""
-    mask = masks[-1]
-    keep = F.pad(mask.detach() > 0.5, (prefix, 0), value=True)
+    stage, old, sheet, added = len(masks) - 1, tokens.layout, tokens.sheet, None
+    mask, kept = masks[-1], [mask.detach() > 0.5 for mask in masks]
+    live = [torch.ones_like(kept[0]), *kept[:-1]]
+    last = prefix + mask.shape[1]
+
+    def on_places(patches: Tensor, others: float) -> Tensor:
+        """Values of the patches ``[B, N]`` with ``others`` for prefix and fused tokens: ``[B, places]``."""
+        return F.pad(patches, (prefix, old.tokens - last), value=others)
+
+    places = on_places(mask, 1.0)
+    keep = on_places(kept[-1], True)
+    if selector.config.dropped == "fused":
+        added = last + stage
+        # A stage that dropped nothing of an image has no token to fuse, and a later stage has not yet.
+        for number in range(old.tokens - last):
+            keep[:, last + number] = (live[number] & ~kept[number]).any(dim=1) if number <= stage else False
+        weights = from_grid(on_places(scores, 0.0), old), from_grid(places, old)
+        sheet = torch.cat([sheet, fuse_on_sheet(sheet, *weights, old.image_in_batch, old.images)])
     if not selector.training:
         (layout,) = lay_out(keep)
-        return Tokens(tokens.sheet.index_select(0, rows_in(tokens.layout, layout)), layout)
-    live = torch.ones_like(scores, dtype=torch.bool) if len(masks) == 1 else masks[-2].detach() > 0.5
-    close = live & (mask.detach() <= 0.5) & selector.still_learns(scores, len(masks) - 1)
-    layout, others = lay_out(keep, F.pad(close, (prefix, 0)))
+        return Tokens(sheet.index_select(0, rows_in(old, layout, added)), layout)
+    close = live[-1] & ~kept[-1] & selector.still_learns(scores, stage)
+    layout, others = lay_out(keep, on_places(close, False))
     sheets = cut(layout, others, cast(Attention, block.attn).num_heads)
-    on_all = F.pad(mask, (prefix, 0), value=1.0)
     borderline, borderline_mask = None, None
     if sheets.any_borderline:
-        borderline = tokens.sheet.detach().index_select(0, rows_in(tokens.layout, others))
-        borderline_mask = from_grid(on_all, others)
-    sheet = tokens.sheet.index_select(0, rows_in(tokens.layout, layout))
-    return Tokens(sheet, layout, from_grid(on_all, layout), borderline, borderline_mask, sheets)
+        borderline = tokens.sheet.detach().index_select(0, rows_in(old, others))
+        borderline_mask = from_grid(places, others)
+    sheet = sheet.index_select(0, rows_in(old, layout, added))
+    return Tokens(sheet, layout, from_grid(places, layout), borderline, borderline_mask, sheets)
 
 
 def _run_block(
-    model: Model, block: Block, tokens: Tokens, scored: bool, last: bool
+    model: Model, block: Block, tokens: Tokens, scored: int | None, last: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """One block on the sheets.
 
     Args:
-        scored: whether scores ``[S]`` are asked for (meant for patches only).
+        scored: tokens of an image before any was dropped, where scores ``[S]`` are asked for (meant for patches only).
         last: whether borderline tokens end here, so that what becomes of them is not asked.
 
     Returns:
@@ -164,9 +181,9 @@ def _run_block(
         query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of q and k under autocast gives float32
         if sheets is None:
             context = attend(query, key, value, layout)
-            class_row = class_attention_packed(query, key, layout) if scored else None
+            class_row = class_attention_packed(query, key, layout) if scored is not None else None
             sheet = finish(block, tokens.sheet, normed, context, of_tokens(depth, layout))
-            return sheet, None, _scores(class_row, context, layout)
+            return sheet, None, _scores(class_row, context, scored)
         other, own_key, own_value = None, None, None
         if tokens.borderline is not None:
             with torch.no_grad():
@@ -177,7 +194,7 @@ def _run_block(
             query, key, value, tokens.mask, own_key, own_value, tokens.borderline_mask, sheets
         )
         class_row = None
-        if scored:
+        if scored is not None:
             class_row = class_attention_masked(query, key, tokens.mask, own_key, tokens.borderline_mask, sheets)
         sheet = finish(block, tokens.sheet, normed, context, of_tokens(depth, layout))
     borderline = None
@@ -189,11 +206,11 @@ def _run_block(
         with torch.no_grad(), _named_rows(model, sheets.borderline):
             mixed = attend_from_borderline(other[1], key, value, own_key, own_value, sheets)
             borderline = finish(block, tokens.borderline, other[0], mixed, of_tokens(depth, sheets.borderline))
-    return sheet, borderline, _scores(class_row, context, layout)
+    return sheet, borderline, _scores(class_row, context, scored)
 
 
-def _scores(class_row: Tensor | None, context: Tensor, layout: Layout) -> Tensor | None:
-    return None if class_row is None else head_weighted_scores(class_row, context, layout.tokens)
+def _scores(class_row: Tensor | None, context: Tensor, tokens: int | None) -> Tensor | None:
+    return None if class_row is None or tokens is None else head_weighted_scores(class_row, context, tokens)
 
 
 @contextmanager

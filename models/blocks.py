@@ -94,12 +94,10 @@ def attend_scored(attn: Attention, query: Tensor, key: Tensor, value: Tensor, *,
     return context, head_weighted_scores(class_row[:, prefix:], context[:, prefix:], query.shape[1])
 
 
-def attend_gated(
-    attn: Attention, query: Tensor, key: Tensor, value: Tensor, *, factor: Tensor, prefix: int
-) -> tuple[Tensor, None]:
-    """Fused attention over ``[B, N, H, dh]``, where looking at a patch counts ``factor`` ``[B, N - prefix]`` times.
+def attend_gated(attn: Attention, query: Tensor, key: Tensor, value: Tensor, *, factor: Tensor) -> Tensor:
+    """Fused attention over ``[B, N, H, dh]``, where looking at a token counts ``factor`` ``[B, N]`` times.
 
     For a factor of 1 it is plain attention, and the factor's gradient says what the loss would gain if the others
-    looked at the patch more.
+    looked at the token more.
     """
-    return attend_fused(attn, query, key, value, F.pad(factor.log(), (prefix, 0))[:, None, None, :]), None
+    return attend_fused(attn, query, key, value, factor.log()[:, None, None, :])

@@ -33,9 +33,9 @@ class Layout:
     order: Tensor  #: ``[B]``: number in the batch of each image of the sheet
     image: Tensor  #: ``[S]``: the token's image, as counted in the sheet
     position: Tensor  #: ``[S]``: the token's place within its image's tokens
-    source: Tensor  #: ``[S]``: the token's place within its image before any token was dropped
+    source: Tensor  #: ``[S]``: the token's place within the grid of its image
     starts: Tensor  #: ``[B + 1]``, int32: first token of each image, and S
-    tokens: int  #: of an image before any was dropped
+    tokens: int  #: places in the grid of an image: for all its tokens, and for what may come in place of dropped ones
 
     @property
     def images(self) -> int:
@@ -63,8 +63,12 @@ class Layout:
         return [(first, images, length) for first, (length, images) in zip(firsts, runs, strict=False)]
 
 
-def uniform_layout(images: int, tokens: int, device: torch.device) -> Layout:
-    """The layout of ``x.flatten(0, 1)`` for ``x`` of shape ``[images, tokens, C]``."""
+def uniform_layout(images: int, tokens: int, device: torch.device, places: int | None = None) -> Layout:
+    """The layout of ``x.flatten(0, 1)`` for ``x`` of shape ``[images, tokens, C]``.
+
+    Args:
+        places: in the grid of an image, if more than its tokens.
+    """
     every = torch.arange(images * tokens, device=device)
     return Layout(
         lengths=(tokens,) * images,
@@ -73,7 +77,7 @@ def uniform_layout(images: int, tokens: int, device: torch.device) -> Layout:
         position=every % tokens,
         source=every % tokens,
         starts=torch.arange(0, images * tokens + 1, tokens, device=device, dtype=torch.int32),
-        tokens=tokens,
+        tokens=tokens if places is None else places,
     )
 
 
@@ -114,10 +118,18 @@ def _lay_out(keep: Tensor, order: Tensor, counts: Tensor, lengths: tuple[int, ..
     )
 
 
-def rows_in(old: Layout, new: Layout) -> Tensor:
-    """Numbers ``[S']`` of the tokens of the old sheet that are the new one."""
-    every = torch.arange(old.grid.shape[0], device=old.grid.device)
-    table = every.new_zeros(old.images * old.tokens).scatter(0, old.grid, every)
+def rows_in(old: Layout, new: Layout, added: int | None = None) -> Tensor:
+    """Numbers ``[S']`` of the tokens of the old sheet that are the new one.
+
+    Args:
+        added: place in the grid of one more token of each image; they are counted on behind the old sheet, in the order
+            of the batch.
+    """
+    rows = old.grid.shape[0]
+    every = torch.arange(rows + old.images, device=old.grid.device)
+    table = every.new_zeros(old.images * old.tokens).scatter(0, old.grid, every[:rows])
+    if added is not None:
+        table.view(old.images, old.tokens)[:, added] = every[rows:]
     return table.index_select(0, new.grid)
 
 

@@ -18,6 +18,7 @@ class Selection:
     masks: tuple[Tensor, ...]
     num_prefix_tokens: int
     removes: bool = True  #: dropped patches leave the computation (False: they are zeroed and carried along)
+    fuses: bool = False  #: a stage that drops patches of an image leaves one token in their place
 
     @property
     def counts(self) -> Tensor:
@@ -30,7 +31,7 @@ class Selection:
 
 
 def tokens_per_block(selection: Selection, depth: int) -> Tensor:
-    """Tokens that enter each block, prefix tokens included: ``[B, depth]``.
+    """Tokens that enter each block, prefix and fused tokens included: ``[B, depth]``.
 
     Differentiable in the masks, so that a MACs formula over it can train the thresholds.
     """
@@ -38,9 +39,15 @@ def tokens_per_block(selection: Selection, depth: int) -> Tensor:
     every = first.new_full((first.shape[0],), selection.num_prefix_tokens + first.shape[1])
     columns = []
     tokens = every
+    fused = torch.zeros_like(every)
+    before = torch.ones_like(first, dtype=torch.bool)
     for block in range(depth):
         if selection.removes and block in selection.stages:
             mask = selection.masks[selection.stages.index(block)]
-            tokens = selection.num_prefix_tokens + mask.sum(dim=1)
+            if selection.fuses:
+                kept = mask.detach() > 0.5
+                fused = fused + (before & ~kept).any(dim=1).to(fused.dtype)
+                before = kept
+            tokens = selection.num_prefix_tokens + mask.sum(dim=1) + fused
         columns.append(tokens)
     return torch.stack(columns, dim=1)

@@ -34,6 +34,9 @@ class SelectorConfig:
     stages: tuple[int, ...] | None = None
     """Patches are dropped before these blocks (0: right after the position embedding). null: [0] for top_k, [4, 7, 10]
     for threshold, which needs the attention of the block before and so starts at 1."""
+    dropped: Literal["gone", "fused"] = "gone"
+    """What becomes of the patches that a stage drops: gone, or fused into one token that stays, their mean weighted by
+    their scores (EViT)."""
     keep_ratio: float = 0.7
     """top_k: patches kept over patches that reach a stage."""
     ramp: float = 0.0
@@ -97,6 +100,7 @@ class SelectorConfig:
         least, why = (0, "") if self.kind == "top_k" else (1, " (a threshold reads the attention of the block before)")
         ascending = bool(stages) and all(map(whole, stages)) and list(stages) == sorted(set(stages))
         check("stages", f"ascending block numbers from {least}{why}", ascending and stages[0] >= least)
+        check("dropped", "one of gone, fused", self.dropped in ("gone", "fused"))
         check("thresholds", "numbers", self.thresholds is None or all(map(number, self.thresholds)))
         if self.thresholds is not None and len(self.thresholds) != len(stages):
             check("thresholds", f"one number for each of the {len(stages)} stages", False)
@@ -112,6 +116,8 @@ class SelectorConfig:
         check("seed", "a whole number from 0 to 2^63 - 1", whole(self.seed) and 0 <= self.seed < 2**63)
         if self.zeroing is True and self.gradient != "factor":
             problems.append("zeroing: it multiplies by the mask, and needs gradient: factor")
+        if self.zeroing is True and self.dropped != "gone":
+            problems.append("zeroing: it carries the dropped patches along, and needs dropped: gone")
         if self.zeroing is True and len(stages) > 1:
             problems.append(f"zeroing: it is there for one stage; stages is {stages}")
         other = "threshold" if self.kind == "top_k" else "top_k"

@@ -19,11 +19,13 @@ from timm.models import get_pretrained_cfg
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from models.adaptive_tokens import run_with_thresholds
 from models.blocks import attend_gated, run_block
 from models.choosing import gather_tokens
+from models.fusing import fuse
 from models.selection import Selection
 from models.selector_config import SelectorConfig
 from models.threshold_selector import ThresholdSelector
@@ -87,8 +89,8 @@ class _SelectsTokens(VisionTransformer):
     def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Normalised tokens as the head reads them.
 
-        Top-k: prefix tokens and kept patches ``[B, P + K, C]``. Threshold: the prefix tokens ``[B, P, C]``,
-        because every image keeps another number of patches.
+        Top-k: prefix tokens and kept patches ``[B, P + K, C]``, and behind them what was fused. Threshold: the prefix
+        tokens ``[B, P, C]``, because every image keeps another number of patches.
         """
         return self.norm(self._select_and_run(x)[0])
 
@@ -117,28 +119,37 @@ class _SelectsTokens(VisionTransformer):
         return run_with_thresholds(cast(Any, self), self.selector, x, self._checkpointed)
 
     def _run_top_k(self, selector: TopKSelector, x: Tensor) -> tuple[Tensor, Selection]:
-        """Gather what each stage keeps. ``x``: ``[B, P + N, C]``."""
+        """Gather what each stage keeps; what it fuses comes last. ``x``: ``[B, P + N, C]``."""
         prefix = self.num_prefix_tokens
-        batch, patches = x.shape[0], x.shape[1] - prefix
+        batch, everything = x.shape[0], x.shape[1] - prefix
+        patches = everything
         positions = torch.arange(patches, device=x.device).expand(batch, -1)
         masks: list[Tensor] = []
+        config = selector.config
         for number, block in enumerate(self.blocks):
             if number in selector.stages:
-                indices, factor = selector(x[:, prefix:], len(masks))
+                first, live, fused = x.split([prefix, patches, x.shape[1] - prefix - patches], dim=1)
+                indices, factor = selector(live, len(masks))
                 kept_factor = factor.gather(1, indices)
                 positions = positions.gather(1, indices)
-                masks.append(factor.new_zeros(batch, patches).scatter(1, positions, kept_factor))
-                kept = x[:, prefix:] if selector.config.zeroing else gather_tokens(x[:, prefix:], indices)
-                if selector.config.zeroing:
+                kept = live if config.zeroing else gather_tokens(live, indices)
+                if config.zeroing:
                     kept = kept * factor.unsqueeze(-1).to(x.dtype)
-                elif self.training and selector.config.gradient == "factor":
+                elif self.training and config.gradient == "factor":
                     kept = kept * kept_factor.unsqueeze(-1).to(x.dtype)
-                x = torch.cat([x[:, :prefix], kept], dim=1)
-                if self.training and selector.config.gradient == "attention":
-                    x = self._checkpointed(_run_block_gated, block, x, kept_factor, prefix)
+                parts = [first, kept, fused]
+                if config.dropped == "fused" and indices.shape[1] < patches:
+                    parts.append(fuse(live, selector.score(live, len(masks)).softmax(dim=1), factor))
+                masks.append(factor.new_zeros(batch, everything).scatter(1, positions, kept_factor))
+                x, patches = torch.cat(parts, dim=1), kept.shape[1]
+                if self.training and config.gradient == "attention":
+                    behind = x.shape[1] - prefix - patches
+                    x = self._checkpointed(_run_block_gated, block, x, F.pad(kept_factor, (prefix, behind), value=1.0))
                     continue
             x = self._checkpointed(block, x)
-        return x, Selection(selector.stages, tuple(masks), prefix, removes=not selector.config.zeroing)
+        return x, Selection(
+            selector.stages, tuple(masks), prefix, removes=not config.zeroing, fuses=config.dropped == "fused"
+        )
 
     def _checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call the function; with ``set_grad_checkpointing``, backward computes its activations again."""
@@ -147,9 +158,9 @@ class _SelectsTokens(VisionTransformer):
         return function(*args)
 
 
-def _run_block_gated(block: Block, x: Tensor, factor: Tensor, prefix: int) -> Tensor:
+def _run_block_gated(block: Block, x: Tensor, factor: Tensor) -> Tensor:
     def attend_to(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        return attend_gated(cast(Attention, block.attn), q, k, v, factor=factor, prefix=prefix)
+        return attend_gated(cast(Attention, block.attn), q, k, v, factor=factor), None
 
     return run_block(block, x, attend_to)[0]
 

@@ -79,6 +79,13 @@ class TopKSelector(nn.Module):
         tiny = torch.finfo(uniform.dtype).tiny
         return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log().to(like.device, non_blocking=True)
 
+    def score(self, patches: Tensor, stage: int) -> Tensor:
+        """Logits ``[B, N]`` of the patches ``[B, N, C]`` that reach stage number ``stage``, in at least float32."""
+        scorer = cast(nn.Linear, self.scorers[stage])
+        with torch.autocast(patches.device.type, enabled=False):
+            weight, bias = at_least_float32(scorer.weight), at_least_float32(scorer.bias)
+            return F.linear(at_least_float32(patches), weight, bias).squeeze(-1)
+
     def forward(self, patches: Tensor, stage: int) -> tuple[Tensor, Tensor]:
         """Choose among the patches ``[B, N, C]`` that reach stage number ``stage``.
 
@@ -86,11 +93,7 @@ class TopKSelector(nn.Module):
             positions ``[B, K]``, ascending, and the factor ``[B, N]`` that carries the gradient: its value is
             1 where kept, 0 elsewhere. In evaluation there is no noise, and it carries no gradient.
         """
-        scorer = cast(nn.Linear, self.scorers[stage])
-        with torch.autocast(patches.device.type, enabled=False):
-            logits = F.linear(
-                at_least_float32(patches), at_least_float32(scorer.weight), at_least_float32(scorer.bias)
-            ).squeeze(-1)
+        logits = self.score(patches, stage)
         count = kept_count(self.keep_ratio if self.training else self.config.keep_ratio, logits.shape[1])
         if self.training:
             noise = self.config.noise * self._noise(logits) if self.config.noise else None

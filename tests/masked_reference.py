@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from models import Selection
 from models.blocks import attend_scored, run_block
@@ -45,13 +44,15 @@ def masked_training(model: Any, images: Tensor, epsilon: float = 1e-6) -> tuple[
     """Logits ``[B, classes]`` and the selection of a model with a threshold selector."""
     selector, prefix = model.selector, model.num_prefix_tokens
     x = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    patches = x.shape[1] - prefix
     masks: list[Tensor] = []
+    fused = x.new_ones(len(x), 0)  # which images have the fused token of each stage
     for number, block in enumerate(model.blocks):
         scored = number + 1 in selector.stages
         if not masks and not scored:
             x = block(x)
             continue
-        mask = masks[-1] if masks else None
+        mask = torch.cat([x.new_ones(len(x), prefix), masks[-1], fused], dim=1) if masks else None
 
         def attend_to(
             query: Tensor, key: Tensor, value: Tensor, block: Any = block, mask: Tensor | None = mask
@@ -60,14 +61,23 @@ def masked_training(model: Any, images: Tensor, epsilon: float = 1e-6) -> tuple[
                 return attend_scored(block.attn, query, key, value, prefix=prefix)
             q, k, v = (t.transpose(1, 2) for t in (query, key, value))
             logits = q @ k.transpose(-2, -1) * query.shape[-1] ** -0.5
-            weights = masked_attention_weights(logits, F.pad(mask, (prefix, 0), value=1.0), epsilon)
+            weights = masked_attention_weights(logits, mask, epsilon)
             context = (weights.to(value.dtype) @ v).transpose(1, 2)
             class_row = weights[:, :, 0].transpose(1, 2)
-            return context, head_weighted_scores(class_row[:, prefix:], context[:, prefix:], query.shape[1])
+            return context, head_weighted_scores(class_row[:, prefix:], context[:, prefix:], prefix + patches)
 
         x, scores = run_block(block, x, attend_to)
         if scored:
             assert scores is not None
-            masks.append(selector(scores, mask, len(masks)))
+            scores = scores[:, :patches]
+            live = masks[-1] > 0.5 if masks else torch.ones_like(scores, dtype=torch.bool)
+            masks.append(selector(scores, masks[-1] if masks else None, len(masks)))
+            if selector.config.dropped == "fused":
+                weights = torch.where(live, (scores + 1e-8) * (1 - masks[-1]), 0.0)
+                any_dropped = (live & (masks[-1] <= 0.5)).any(dim=1, keepdim=True)
+                total = torch.where(any_dropped, weights.sum(dim=1, keepdim=True), 1.0)
+                token = ((weights / total)[:, :, None] * x[:, prefix : prefix + patches]).sum(dim=1, keepdim=True)
+                x = torch.cat([x, token], dim=1)
+                fused = torch.cat([fused, any_dropped.to(x.dtype)], dim=1)
     logits = model.forward_head(model.norm(x[:, :prefix]))
-    return logits, Selection(selector.stages, tuple(masks), prefix)
+    return logits, Selection(selector.stages, tuple(masks), prefix, fuses=selector.config.dropped == "fused")

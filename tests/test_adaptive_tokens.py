@@ -20,6 +20,7 @@ from tests.test_sparse_deit import THRESHOLD, VARIANTS, close, images, lively, t
 
 #: With the second stage two blocks later, borderline tokens live on for a block.
 APART = {"kind": "threshold", "stages": (1, 3), "thresholds": (0.0045, 0.0055)}
+FUSED = {**APART, "dropped": "fused"}
 SLOPE = {"temperature": 1000.0, "borderline": 0.0}
 
 
@@ -33,7 +34,7 @@ def gradients(model: Any, run: Callable[[], tuple[Tensor, Selection]]) -> tuple[
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.4])
-@pytest.mark.parametrize("selector", [THRESHOLD, APART])
+@pytest.mark.parametrize("selector", [THRESHOLD, APART, FUSED])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_with_a_bound_of_0_it_is_masked_training(variant: str, selector: Any, drop_path: float) -> None:
     model = tiny({**selector, **SLOPE}, variant, drop_path_rate=drop_path).double().train()
@@ -131,7 +132,7 @@ def test_half_precision_reaches_every_weight() -> None:
             assert F.cosine_similarity(found[name].flatten(), gradient.flatten(), dim=0) > 0.9, name
 
 
-@pytest.mark.parametrize("selector", [THRESHOLD, APART])
+@pytest.mark.parametrize("selector", [THRESHOLD, APART, FUSED])
 def test_recomputed_activations_change_nothing(selector: Any) -> None:
     found = []
     for recompute in (False, True):

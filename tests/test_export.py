@@ -41,8 +41,8 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "neurons": ({"density": None, **NEURONS}, None),
     "top_k": ({"density": 0.5}, TOP_K),
     "threshold": ({"density": 0.5}, THRESHOLD),
-    "joint_top_k": ({"density": 0.4, **HEADS, **NEURONS}, {**TOP_K, "stages": [0, 1]}),
-    "joint_threshold": ({"density": 0.4, **HEADS, **NEURONS}, THRESHOLD),
+    "joint_top_k": ({"density": 0.4, **HEADS, **NEURONS}, {**TOP_K, "stages": [0, 1], "dropped": "fused"}),
+    "joint_threshold": ({"density": 0.4, **HEADS, **NEURONS}, {**THRESHOLD, "dropped": "fused"}),
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -104,7 +104,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 optimizer.step()
                 scheduler.step(lambda model=model: F.cross_entropy(model(images), targets))
                 optimizer.zero_grad()
-        if selector == THRESHOLD:
+        if "threshold" in kind:
             halve(model.eval())
         weight = model.get_parameter("blocks.1.mlp.fc1.weight")
         mask = scheduler.masks.get("blocks.1.mlp.fc1.weight", torch.ones_like(weight, dtype=torch.bool))

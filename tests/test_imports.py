@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "models": {
         "choosing": 0,
+        "fusing": 0,
         "packing": 0,
         "scores": 0,
         "selection": 0,

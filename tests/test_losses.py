@@ -195,6 +195,8 @@ def test_the_macs_of_a_top_k_model_are_the_formula() -> None:
     "selector",
     [
         {"keep_ratio": 0.7, "stages": [0, 1]},
+        {"keep_ratio": 0.7, "stages": [0, 1], "dropped": "fused"},
+        {"keep_ratio": 1.0, "dropped": "fused"},
         {"keep_ratio": 0.01},
         {"keep_ratio": 0.5, "zeroing": True, "stages": [1]},
     ],

@@ -44,6 +44,8 @@ def test_configuration_survives_json(values: dict[str, Any]) -> None:
         ({"kind": "threshold", "borderline": 0.3}, "borderline: 0.3 is not a number from 0 to 0.25"),
         ({"kind": "threshold", "borderline": -1e-9}, "borderline: -1e-09"),
         ({"borderline": 0.1}, "is for kind threshold alone"),
+        ({"dropped": "lost"}, "dropped: 'lost' is not one of gone, fused"),
+        ({"zeroing": True, "dropped": "fused"}, "needs dropped: gone"),
         ({"ramp": 1.5}, "ramp: 1.5 is not a share in [0, 1]"),
         ({"kind": "threshold", "ramp": 0.5}, "is for kind top_k alone"),
         ({"kind": "threshold", "keep_ratio": 0.5}, "is for kind top_k alone"),

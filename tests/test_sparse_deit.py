@@ -35,6 +35,9 @@ PATCHES = 16
 ATTENTION = {"keep_ratio": 0.4, "gradient": "attention", "noise": 0.0}
 THRESHOLD = {"kind": "threshold", "stages": (1, 2, 3), "thresholds": (0.0045, 0.0055, 0.007)}
 
+FUSED = {**THRESHOLD, "dropped": "fused"}
+TOP_K_FUSED = {"keep_ratio": 0.4, "stages": (0, 2), "dropped": "fused"}
+
 #: Everything of timm's block that the selecting forward has to honour.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("deit_tiny_patch16_224", {}),
@@ -109,7 +112,15 @@ def test_names_of_parameters_stay_timms(selector: Any, variant: str) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("selector", [{"keep_ratio": 1.0}, {**THRESHOLD, "thresholds": (-1.0, -1.0, -1.0)}])
+@pytest.mark.parametrize(
+    "selector",
+    [
+        {"keep_ratio": 1.0},
+        {**THRESHOLD, "thresholds": (-1.0, -1.0, -1.0)},
+        {"keep_ratio": 1.0, "dropped": "fused"},
+        {**FUSED, "thresholds": (-1.0, -1.0, -1.0)},
+    ],
+)
 def test_keeping_all_patches_is_the_dense_model(selector: Any, variant: str, training: bool) -> None:
     model, dense = tiny(selector, variant).train(training), tiny(None, variant).train(training)
     dense.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("selector")})
@@ -117,16 +128,18 @@ def test_keeping_all_patches_is_the_dense_model(selector: Any, variant: str, tra
     close(model(x), dense(x), 1e-5)
 
 
+@pytest.mark.parametrize("dropped", ["gone", "fused"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_training_by_the_gradient_of_attention_computes_what_evaluation_does(variant: str) -> None:
-    model = tiny({**ATTENTION, "stages": (0, 2)}, variant)
+def test_training_by_the_gradient_of_attention_computes_what_evaluation_does(variant: str, dropped: str) -> None:
+    model = tiny({**ATTENTION, "stages": (0, 2), "dropped": dropped}, variant)
     x = images(6, model)
     close(model.train()(x), model.eval()(x), 1e-5)
 
 
+@pytest.mark.parametrize("selector", [THRESHOLD, FUSED])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_training_on_a_sheet_equals_packed_evaluation(variant: str) -> None:
-    model = tiny(THRESHOLD, variant)
+def test_training_on_a_sheet_equals_packed_evaluation(variant: str, selector: Any) -> None:
+    model = tiny(selector, variant)
     x = images(12, model)
     logits, selection = model.train()(x, return_selection=True)
     packed_logits, packed_selection = model.eval()(x, return_selection=True)
@@ -139,7 +152,7 @@ def test_training_on_a_sheet_equals_packed_evaluation(variant: str) -> None:
     assert (counts[:, -1] < counts[:, 0]).any()
 
 
-@pytest.mark.parametrize("selector", [THRESHOLD, {"keep_ratio": 0.4, "stages": (0, 2)}])
+@pytest.mark.parametrize("selector", [THRESHOLD, {"keep_ratio": 0.4, "stages": (0, 2)}, FUSED, TOP_K_FUSED])
 @pytest.mark.parametrize("variant", ["plain", "distilled", "registers"])
 def test_logits_do_not_depend_on_the_batch(selector: Any, variant: str) -> None:
     model = tiny(selector, variant).eval()
@@ -191,7 +204,7 @@ def test_any_thresholds_in_any_order(thresholds: list[float], seed: int) -> None
     close(torch.cat([model(one) for one in x.split(1)]), together, 1e-5)
 
 
-@pytest.mark.parametrize("selector", [THRESHOLD, {"keep_ratio": 0.4}, ATTENTION])
+@pytest.mark.parametrize("selector", [THRESHOLD, {"keep_ratio": 0.4}, ATTENTION, FUSED, TOP_K_FUSED])
 def test_an_empty_batch_and_a_diverged_model(selector: Any) -> None:
     model = tiny(selector)
     for training in (False, True):
@@ -248,6 +261,32 @@ def test_gathered_top_k_is_attention_masked_to_the_same_tokens() -> None:
     close(logits, model.forward_head(model.norm(tokens)), 1e-5)
 
 
+@pytest.mark.parametrize("selector", [FUSED, TOP_K_FUSED])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_fused_is_counted_where_it_is_computed(selector: Any, training: bool) -> None:
+    """Of one image: every block's MLP sees as many tokens as are counted."""
+    model = tiny({**selector, "borderline": 0.25} if "kind" in selector else selector).train(training)
+    seen: list[int] = []
+    for block in model.blocks:
+        block.mlp.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2).shape[0]))
+    for x in images(6).split(1):
+        seen.clear()
+        _, selection = model(x, return_selection=True)
+        assert tokens_per_block(selection, 4).tolist() == [seen]
+
+
+def test_what_is_fused_matters() -> None:
+    """A pixel of a patch that is dropped at the input changes the logits of the one network, not of the other."""
+    x = images(1)
+    for selector, matters in ((TOP_K_FUSED, True), ({**TOP_K_FUSED, "dropped": "gone"}, False)):
+        model = tiny(selector).eval()
+        logits, selection = model(x, return_selection=True)
+        place = int((selection.masks[0][0] < 0.5).nonzero()[0])
+        other = x.clone()
+        other[0, 0, place // 4 * 4, place % 4 * 4] += 1e-3
+        assert torch.equal(model(other), logits) != matters
+
+
 def test_positions_of_later_stages_are_on_the_first_grid() -> None:
     model = tiny({"keep_ratio": 0.5, "stages": (0, 2)}).eval()
     x = images(4)
@@ -263,7 +302,8 @@ def test_positions_of_later_stages_are_on_the_first_grid() -> None:
 
 
 @pytest.mark.parametrize(
-    "selector", [{"keep_ratio": 0.4, "stages": (0, 2)}, {**ATTENTION, "stages": (0, 2)}, THRESHOLD]
+    "selector",
+    [{"keep_ratio": 0.4, "stages": (0, 2)}, {**ATTENTION, "stages": (0, 2)}, THRESHOLD, FUSED, TOP_K_FUSED],
 )
 @pytest.mark.parametrize("variant", ["plain", "distilled"])
 def test_selection_learns(selector: Any, variant: str) -> None:
@@ -296,6 +336,9 @@ def test_the_budget_reaches_the_thresholds() -> None:
         {"keep_ratio": 0.4, "stages": (0, 2), "tau_start": 1.0},
         {"keep_ratio": 0.4, "stages": (0, 2), "tau_start": 1.0, "gradient": "attention"},
         {**THRESHOLD, "temperature": 300.0},
+        {**TOP_K_FUSED, "tau_start": 1.0},
+        {**TOP_K_FUSED, "tau_start": 1.0, "gradient": "attention"},
+        {**FUSED, "temperature": 300.0},
         {"keep_ratio": 0.4, "zeroing": True, "tau_start": 1.0},
     ],
 )

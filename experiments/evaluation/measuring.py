@@ -58,12 +58,13 @@ def known_tokens(model: nn.Module) -> TokenUse | None:
     prefix, patches = int(vit.num_prefix_tokens), int(vit.patch_embed.num_patches)
     kept: list[int] = []
     entering: list[float] = []
-    tokens = patches
+    tokens, fused = patches, 0
     for block in range(len(vit.blocks)):
         if block in selector.stages:
             kept.append(kept_count(selector.config.keep_ratio, tokens))
+            fused += selector.config.dropped == "fused" and kept[-1] < tokens
             tokens = patches if selector.config.zeroing else kept[-1]
-        entering.append(float(prefix + tokens))
+        entering.append(float(prefix + tokens + fused))
     squares = tuple(count**2 for count in entering)
     return TokenUse(selector.stages, patches, tuple(map(float, kept)), tuple(entering), squares)
 

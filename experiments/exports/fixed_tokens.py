@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.blocks import attend_scored, run_block
 from models.choosing import gather_tokens, top_k_indices
+from models.fusing import fuse
 from models.threshold_selector import ThresholdSelector
 
 
@@ -54,13 +55,19 @@ class FixedTokens(nn.Module):
         vit = cast(Any, self.model)
         prefix = int(vit.num_prefix_tokens)
         x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+        patches = x.shape[1] - prefix
         for number, block in enumerate(vit.blocks):
             if number + 1 not in self.stages:
                 x = block(x)
                 continue
             x, scores = run_block(block, x, partial(attend_scored, block.attn, prefix=prefix))
             assert scores is not None
+            scores = scores[:, :patches]  # fused tokens come last
             indices = top_k_indices(scores, self.counts[self.stages.index(number + 1)])
-            x = torch.cat([x[:, :prefix], gather_tokens(x[:, prefix:], indices)], dim=1)
+            first, live, fused = x.split([prefix, patches, x.shape[1] - prefix - patches], dim=1)
+            parts = [first, gather_tokens(live, indices), fused]
+            if vit.selector.config.dropped == "fused" and indices.shape[1] < patches:
+                parts.append(fuse(live, scores, torch.zeros_like(scores).scatter(1, indices, 1.0)))
+            x, patches = torch.cat(parts, dim=1), indices.shape[1]
         logits: Tensor = vit.forward_head(vit.norm(x))
         return logits

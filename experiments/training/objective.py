@@ -125,5 +125,5 @@ def _tokens(network: nn.Module, first_stage: int) -> tuple[Tensor, Tensor]:
     prefix, patches = model.num_prefix_tokens, model.patch_embed.num_patches
     most = torch.full((1, len(model.blocks)), prefix + patches, dtype=torch.float64)
     least = most.clone()
-    least[:, first_stage:] = prefix + 1
+    least[:, first_stage:] = prefix + 1 + (model.selector.config.dropped == "fused")
     return least, most

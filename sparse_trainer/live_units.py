@@ -56,13 +56,17 @@ class LiveUnits:
         else:  # of a compact model, which has the live units alone
             assert generator is not None
             self.candidates = {
-                p.name: _fresh(p, parameters[p.name].detach(), len(self.dormant), generator) for p in group.slices
+                p.name: fresh_units(p, parameters[p.name].detach(), len(self.dormant), generator) for p in group.slices
             }
         #: All units of the group as they are now, where they are to come back like that; else empty.
         self.first = {part.name: parameters[part.name].detach().clone() for part in group.slices if remember_first}
         self.credit = 0.0  #: share of a unit that is due to be replaced and was not yet
         self.explored = set(live)
+        self.tried = set(live)  #: units that were judged once: those that lived, and all that the start compared
         self.last = Swap((), (), ())
+        self.updates = 0  #: how many there were, the one that is going on included
+        self.came: dict[int, int] = {}  #: number of the update that brought a live unit; those of the start have none
+        self.left: dict[int, int] = {}  #: number of the update that removed a dormant one
 
     def remember_first(self, parameters: Mapping[str, Tensor]) -> None:
         """Let units come back as they are now: the live ones from the model, the others from the candidates."""
@@ -100,6 +104,26 @@ class LiveUnits:
         whole = math.ceil(credit) if round_up else int(credit)
         return max(0, min(whole, len(self.dormant), len(self.live) - 1)), max(0.0, credit - whole)
 
+    def on_probation(self, updates: int) -> tuple[list[int], list[int]]:
+        """Slots of units that came, and places of candidates that left, in the so many updates before this one."""
+        slots = [slot for slot, unit in enumerate(self.live) if self._recent(self.came.get(unit), updates)]
+        return slots, [place for place, unit in enumerate(self.dormant) if self._recent(self.left.get(unit), updates)]
+
+    def _recent(self, number: int | None, updates: int) -> bool:
+        return number is not None and self.updates - number <= updates
+
+    def exchanged(self, swap: Swap) -> None:
+        """Note who lives where after a swap; candidates take the places of the units that came."""
+        for slot, removed, added in zip(swap.slots, swap.removed, swap.added, strict=True):
+            self.dormant[self.dormant.index(added)] = removed
+            self.live[slot] = added
+            self.came.pop(removed, None)
+            self.left.pop(added, None)
+            self.came[added] = self.left[removed] = self.updates
+        self.explored.update(swap.added)
+        self.tried.update(swap.added)
+        self.last = swap
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "live": list(self.live),
@@ -108,6 +132,10 @@ class LiveUnits:
             "first": {name: value.clone() for name, value in self.first.items()},
             "credit": self.credit,
             "explored": sorted(self.explored),
+            "tried": sorted(self.tried),
+            "updates": self.updates,
+            "came": [[unit, number] for unit, number in self.came.items()],
+            "left": [[unit, number] for unit, number in self.left.items()],
             "last": [list(self.last.slots), list(self.last.removed), list(self.last.added)],
         }
 
@@ -130,11 +158,14 @@ class LiveUnits:
                 tensor.copy_(state[what][name])
         self.credit = float(state["credit"])
         self.explored = set(state["explored"])
+        self.tried = set(state.get("tried", state["explored"]))
+        self.updates = int(state.get("updates", 0))
+        self.came, self.left = ({int(u): int(n) for u, n in state.get(what, ())} for what in ("came", "left"))
         slots, removed, added = state["last"]
         self.last = Swap(tuple(slots), tuple(removed), tuple(added))
 
 
-def _fresh(part: UnitSlice, live: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def fresh_units(part: UnitSlice, live: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """New values for ``count`` units in the layout of ``live``: weights with the spread of the live ones, biases 0."""
     shape = list(live.shape)
     shape[part.dim] = part.groups * count * part.size

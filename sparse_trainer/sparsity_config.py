@@ -9,7 +9,7 @@ from typing import Any
 from sparse_trainer.budget import DISTRIBUTIONS
 
 GROWTH = ("gradient", "random")
-SWAPS = ("always", "if_better")
+SWAPS = ("always", "if_better", "explore")
 STARTS = ("random", "score")
 CANDIDATES = ("last", "first")
 UNIT_COUNTS = ("carry", "round_up")
@@ -54,8 +54,12 @@ class SparsityConfig:
     """Whether a weight that an update prunes may grow again in the same update."""
     floor: float = 0.1
     """With the global distribution: share of its first live weights that a layer always keeps."""
-    swap: str = "if_better"
-    """Units: always replace the share that is due, or only if_better, where the estimated gain is greater."""
+    swap: str = "explore"
+    """Units: always replace the share that is due; only if_better, where the estimated gain is greater; or explore: try
+    each unit once, and after that take one back only if it is better."""
+    probation: int = 2
+    """Updates for which a unit that came stays, to learn before it is judged, and one that left stays out; 0 judges all
+    at every update (S2ViTE)."""
     candidates: str = "last"
     """What a dormant unit comes back with: the last values that it had, or its first, from before the training."""
     unit_counts: str = "carry"
@@ -120,6 +124,7 @@ class SparsityConfig:
         check("distribution", f"one of {', '.join(DISTRIBUTIONS)}", self.distribution in DISTRIBUTIONS)
         check("grow", f"one of {', '.join(GROWTH)}", self.grow in GROWTH)
         check("swap", f"one of {', '.join(SWAPS)}", self.swap in SWAPS)
+        check("probation", "a whole number (0 or more)", whole(self.probation, 0))
         check("start", f"one of {', '.join(STARTS)}", self.start in STARTS)
         check("candidates", f"one of {', '.join(CANDIDATES)}", self.candidates in CANDIDATES)
         check("unit_counts", f"one of {', '.join(UNIT_COUNTS)}", self.unit_counts in UNIT_COUNTS)

@@ -61,10 +61,7 @@ def exchange(
             part.units(parameter.grad)[slots] = 0
         for key, value in moments(optimizer, parameter):
             _restart_moments(part, key, value, slots, masks.get(part.name), seed_moments)
-    for slot, place, removed, added in zip(swap.slots, places.tolist(), swap.removed, swap.added, strict=True):
-        units.live[slot] = added
-        units.dormant[place] = removed
-    units.explored.update(swap.added)
+    units.exchanged(swap)
 
 
 def _restart_moments(part: UnitSlice, key: str, value: Tensor, slots: Tensor, mask: Tensor | None, seed: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -128,12 +129,25 @@ def _leaving_no_trace(model: nn.Module) -> Iterator[None]:
             module.set_extra_state(state)
 
 
-def gate_scores(closure: LossClosure, gates: Sequence[Gate]) -> list[Tensor]:
-    """Mean over samples of the size of the gradient at each gate: ``[units]``, live ones first, then candidates.
+@dataclass(frozen=True)
+class Scores:
+    """What the units of one group are worth: ``[units]``, live ones first, then candidates."""
 
-    At a live unit this is ``|sum(A * dL/dA)|``, the first-order change of the loss when the unit goes (Michel et
-    al. 2019); at a candidate the change when it comes. Both estimate the same thing, so they can be compared.
-    """
+    size: Tensor
+    """Mean over samples of the size of the gradient at the gate. At a live unit this is ``|sum(A * dL/dA)|``, the
+    first-order change of the loss when the unit goes (Michel et al. 2019); at a candidate the change when it comes, up
+    or down."""
+    gain: Tensor
+    """The same with its sign: how much the loss falls, on the mean, when the gate opens. A candidate that writes
+    something at random changes the loss of every sample, but makes it fall as often as rise."""
+
+    def isfinite(self) -> bool:
+        """Whether they can be compared."""
+        return bool(self.size.isfinite().all()) and bool(self.gain.isfinite().all())
+
+
+def gate_scores(closure: LossClosure, gates: Sequence[Gate]) -> list[Scores]:
+    """What each unit behind a gate is worth to the loss of one batch."""
     with torch.enable_grad():
         loss = closure()
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.grad_fn is None:
@@ -147,6 +161,8 @@ def gate_scores(closure: LossClosure, gates: Sequence[Gate]) -> list[Tensor]:
     scores = []
     for several in values:
         # The loss is a mean over the samples, so the sum of their gradients' sizes is the mean of each one's own.
-        score = torch.stack([next(gradients).abs().sum(dim=0) for _ in several]).sum(dim=0)
-        scores.append((sum_over_processes(score) / process_count()).cpu())
+        by_sample = [next(gradients) for _ in several]
+        both = torch.stack([torch.stack([g.abs().sum(dim=0), -g.sum(dim=0)]) for g in by_sample]).sum(dim=0)
+        size, gain = (sum_over_processes(both) / process_count()).cpu()
+        scores.append(Scores(size, gain))
     return scores

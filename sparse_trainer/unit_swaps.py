@@ -20,7 +20,7 @@ from sparse_trainer.report import BlockUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.unit_choice import choose
 from sparse_trainer.unit_exchange import exchange
-from sparse_trainer.unit_scores import LossClosure, gate_scores, probing
+from sparse_trainer.unit_scores import LossClosure, Scores, gate_scores, probing
 from sparse_trainer.units import find_blocks, keep
 
 
@@ -56,7 +56,7 @@ class UnitSwaps:
             for group, count in ((block.heads, heads), (block.neurons, neurons))
             if count[name] < group.count()
         ]
-        scores: dict[int, Tensor] = {}
+        scores: dict[int, Scores] = {}
         by_score = config.start == "score"
         if by_score:
             if closure is None:
@@ -69,11 +69,14 @@ class UnitSwaps:
         self.groups: list[LiveUnits] = []
         for index, (group, count) in enumerate(wanted):
             if by_score:
-                chosen = scores[index].topk(count).indices
+                chosen = scores[index].size.topk(count).indices
             else:
                 chosen = torch.randperm(group.count(), generator=generator)[:count]
             live = sorted(chosen.tolist())
-            self.groups.append(LiveUnits(model, group, live, remember_first=config.candidates == "first"))
+            units = LiveUnits(model, group, live, remember_first=config.candidates == "first")
+            if by_score:
+                units.tried.update(units.dormant)
+            self.groups.append(units)
             keep(model, group, live, fold_biases=by_score)
 
     @classmethod
@@ -190,25 +193,26 @@ class UnitSwaps:
                 scores = gate_scores(closure, gates)
         for units, (_, credit) in zip(self.groups, due, strict=True):  # only now: the closure may have failed
             units.credit = credit
-        if not all(bool(score.isfinite().all()) for score in scores):
+            units.updates += 1
+        if not all(score.isfinite() for score in scores):
             return {}, ["a probe batch gave scores that are not finite: no unit was swapped"]
         parameters = dict(self.model.named_parameters())
         swaps, undone = {}, []
         for index, score in zip(probed, scores, strict=True):
             units = self.groups[index]
-            swap = choose(units, score, due[index][0], parameters, self.config.swap == "if_better")
+            swap = choose(units, score, due[index][0], parameters, self.config.swap, self.config.probation)
             if not swap.slots:
                 continue
             if set(swap.added) == set(units.last.removed) and set(swap.removed) == set(units.last.added):
                 undone.append(f"{units.group.block} ({units.group.kind}s)")
             seed = self.config.unit_moments == "mean"
             exchange(units, swap, parameters, optimizer=optimizer, ema=ema, masks=masks, seed_moments=seed)
-            units.last = swap
             swaps[index] = swap
         warnings = []
         if undone:
             warnings.append(
-                f"what came back in {', '.join(undone)} is what the update before removed; growth changes nothing there"
+                f"what came back in {', '.join(undone)} is what was removed last; growth changes nothing there. A "
+                "greater probation, or fewer updates, gives units the time to learn"
             )
         return swaps, warnings
 

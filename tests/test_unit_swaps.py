@@ -39,6 +39,7 @@ def structured(**changes: Any) -> SparsityConfig:
         "update_every": 1,
         "drop_fraction": 0.6,
         "swap": "always",
+        "probation": 0,
     }
     return SparsityConfig(**{**defaults, **changes})
 
@@ -216,7 +217,7 @@ def test_a_grown_neuron_preserves_the_function(tiny_deit: Factory, tiny_batch: B
     torch.testing.assert_close(model(tiny_batch[0]), before, atol=1e-6, rtol=0)
 
 
-def testgate_scores_equal_their_definition(tiny_deit: Factory, tiny_batch: Batch) -> None:
+def test_gate_scores_equal_their_definition(tiny_deit: Factory, tiny_batch: Batch) -> None:
     """Live: mean over samples of |sum(A * dL/dA)|; a candidate: the finite difference of its gate."""
     model = tiny_deit().double()
     images, targets = tiny_batch[0].double(), tiny_batch[1]
@@ -240,7 +241,7 @@ def testgate_scores_equal_their_definition(tiny_deit: Factory, tiny_batch: Batch
     for activation, score in zip(activations, scores, strict=True):
         assert activation.grad is not None
         by_head = (activation * activation.grad).unflatten(2, (2, 8)).sum(dim=(1, 3)).abs().mean(dim=0)
-        torch.testing.assert_close(score[:2].double(), by_head.detach(), rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(score.size[:2].double(), by_head.detach(), rtol=1e-5, atol=1e-9)
 
     def loss_with_gate(value: float) -> Tensor:
         with torch.no_grad(), probing(model, [(group.group, group.candidates) for group in groups[:1]]) as gates:
@@ -254,7 +255,8 @@ def testgate_scores_equal_their_definition(tiny_deit: Factory, tiny_batch: Batch
 
     step = 1e-4
     slope = (loss_with_gate(step) - loss_with_gate(-step)) / (2 * step)
-    torch.testing.assert_close(scores[0][2].double(), slope.abs().mean(), rtol=1e-3, atol=1e-8)
+    torch.testing.assert_close(scores[0].size[2].double(), slope.abs().mean(), rtol=1e-3, atol=1e-8)
+    torch.testing.assert_close(scores[0].gain[2].double(), -slope.mean(), rtol=1e-3, atol=1e-8)
 
 
 def test_the_probe_leaves_no_trace(tiny_deit: Factory, tiny_batch: Batch) -> None:
@@ -565,7 +567,7 @@ def test_gradient_checkpointing_gives_the_same_scores(tiny_deit: Factory, tiny_b
         groups = [(group.group, group.candidates) for group in scheduler._units.groups]
         with probing(model, groups) as gates:
             found.append(gate_scores(lambda model=model: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]), gates))  # type: ignore[misc]
-    assert all(torch.allclose(plain, again) for plain, again in zip(*found, strict=True))
+    assert all(torch.allclose(plain.size, again.size) for plain, again in zip(*found, strict=True))
 
 
 def test_a_probe_inside_autocast(tiny_deit: Factory, tiny_batch: Batch) -> None:

@@ -13,23 +13,26 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from experiments.__main__ import main
+from experiments.commands.train_request import read_command_line
 from experiments.grids.report import to_markdown
+from experiments.grids.speed_picture import points_of
 from sparse_trainer import read_info
 from tests.test_imports import FLOORS, PACKAGES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 ALL_RESULTS = (ROOT / "experiments" / "RESULTS.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    """Every ``sparse-trainer`` command of the README, split into words."""
-    lines = [part.strip() for block in blocks("bash") for line in block.splitlines() for part in line.split("&&")]
+def commands(text: str = TEXT) -> list[list[str]]:
+    """Every ``sparse-trainer`` command of a page, split into words."""
+    lines = [part.strip() for block in blocks("bash", text) for line in block.splitlines() for part in line.split("&&")]
     return [shlex.split(line)[1:] for line in lines if line.startswith("sparse-trainer ")]
 
 
@@ -76,9 +79,30 @@ def test_the_other_commands_are_understood(
     assert "data/imagenet" in capsys.readouterr().err
 
 
+def test_a_trained_network_is_where_training_starts() -> None:
+    words = next(words for words in commands() if "--model.start" in words)
+    config, _ = read_command_line(words[1:])
+    assert config.model.start == "vit.safetensors"
+    assert config.sparsity is not None
+    assert config.sparsity.start == "score"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)
+def test_every_training_is_understood(page: Path) -> None:
+    """Options that a later change renames are found here; runs to resume are not there to be read."""
+    for words in commands(page.read_text(encoding="utf-8")):
+        if words[0] == "train" and "--resume" not in words:
+            read_command_line(words[1:])
+
+
+def test_the_readme_is_short() -> None:
+    assert len(TEXT.split()) <= 900
+
+
 def test_the_loop_of_ten_lines_and_what_comes_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    example, ending = blocks("python")
+    (example,) = blocks("python")
+    (ending,) = blocks("python", (ROOT / "docs" / "own-loop.md").read_text(encoding="utf-8"))
     images, targets = torch.randn(2, 3, 224, 224), torch.tensor([3, 5])
     names = {"loader": [(images, targets)], "criterion": nn.CrossEntropyLoss()}
     exec(compile(example, "README.md", "exec"), names)
@@ -137,13 +161,36 @@ def grids_of(section: str) -> str:
     return "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())  # cifar10 is for a GPU
 
 
-def test_the_tables_of_results_are_those_of_the_grids() -> None:
-    """Line by line, so that no figure is left behind when a grid runs again."""
-    section = TEXT.split("\n## Results\n")[1]
-    measured = set(grids_of(section).splitlines())
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert [row for row in rows if row not in measured] == []
-    assert len(rows) >= 10
+def cells_of(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_the_table_of_results_is_that_of_the_grid() -> None:
+    """Row by row, so that no figure is left behind when the grid runs again."""
+    beginning = TEXT.split("\n## Start\n")[0]
+    measured = [cells_of(line) for line in grids_of(beginning).splitlines()]
+    rows = [cells_of(line) for line in beginning.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 3
+    for name, *figures in rows:
+        assert any(set(figures) <= set(line) for line in measured), name
+
+
+def test_what_it_saves_was_measured() -> None:
+    figures = figures_of(TEXT.split("\n## What it saves\n")[1].split("\n## ")[0])
+    assert len(figures) >= 5
+    assert figures - figures_of(ALL_RESULTS) == set()
+
+
+def test_the_points_of_the_picture() -> None:
+    report = json.loads((RESULTS / "converged.json").read_text(encoding="utf-8"))
+    dense, half = points_of(report, ["dense", "svite_50=half of the weights"])
+    assert dense[:2] == ("dense", 1.0)
+    assert half[0] == "half of the weights"
+    rows = {row["entry"]: row for row in report["rows"]}
+    assert half[1] == report["speeds"]["entries"]["svite_50"]["throughput_ratio"]
+    assert half[2:] == (rows["svite_50"]["top1_mean"], rows["svite_50"]["top1_spread"])
+    with pytest.raises(ValueError, match="svite_51 was not run and timed in this grid"):
+        points_of(report, ["svite_51"])
 
 
 @pytest.mark.parametrize("section", re.split(r"^## ", ALL_RESULTS, flags=re.MULTILINE)[1:], ids=lambda text: text[:20])
@@ -164,10 +211,15 @@ def test_a_report_is_what_its_figures_say(file: Path) -> None:
         assert to_markdown(file.stem, report) == file.with_suffix(".md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("file", ["README.md", "experiments/RESULTS.md"])
-def test_pictures_and_pages_are_there(file: str) -> None:
-    page = ROOT / file
-    linked = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8"))
-    assert any(link.endswith(".png") for link in linked)
-    for link in linked:
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "experiments" / "RESULTS.md", *DOCS]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pictures_and_pages_are_there(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
         assert (page.parent / link).exists(), link
+
+
+def test_every_page_is_found_from_the_readme() -> None:
+    linked = {(ROOT / link).resolve() for link in re.findall(r"\]\((docs/[^)#]+)", TEXT)}
+    assert set(DOCS) <= linked

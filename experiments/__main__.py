@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 COMMANDS = {
     "train": "train a sparse Vision Transformer from a recipe",
+    "shrink": "a trained network made small and fast",
     "evaluate": "accuracy of a sparse checkpoint",
     "predict": "what a sparse checkpoint sees in images",
     "export": "a sparse checkpoint in other formats",

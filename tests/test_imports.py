@@ -71,6 +71,7 @@ PACKAGES = {
     "exports": 8,
     "benchmarks": 9,
     "grids": 10,
+    "shrinking": 10,
     "commands": 11,
     "gpu": 12,
     "trials": 12,

@@ -534,6 +534,40 @@ class SparsityScheduler:
             "units": self._units.state_dict() if self._units else None,
         }
 
+    def take_shapes(self, state: Mapping[str, Any]) -> bool:
+        """Give heads and neurons the numbers of a saved state; comes before the model's own state is loaded.
+
+        Only where blocks may differ (``unit_distribution: by_score``) is there anything to do. Parameters stay the same
+        objects with other data: optimizers, which have not stepped yet, go on with them. A
+        ``DistributedDataParallel`` around the model must be made again.
+
+        Returns:
+            whether shapes changed.
+        """
+        if self._units is None or state["units"] is None:
+            return False
+        averages = dict(self._ema.named_parameters(remove_duplicate=False)) if self._ema is not None else {}
+        changed = self._units.take_shapes(state["units"], averages)
+        if not changed:
+            return False
+        members = self._following.optimizers.members if self._following is not None else ()
+        if self._following is not None:
+            self._following.remove()
+        for name in changed:
+            for optimizer in members:
+                optimizer.state.pop(dict(self.model.named_parameters())[name], None)
+        if self._weights is not None:
+            live = self._weights.live_count()
+            self._weights.remove()
+            self._weights = WeightMasks(
+                prunable_weights(self.model, self.config.include, self.config.exclude), live, self.config
+            )
+        masks = self._weights.masks if self._weights else {}
+        self._enforcement = Enforcement({n: p for n, p in self._prunable.items() if n in masks}, masks)
+        if members:
+            self._follow(members)
+        return True
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state. The model's own state dict is loaded by the caller, before this.
 

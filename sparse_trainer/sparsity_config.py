@@ -11,6 +11,7 @@ from sparse_trainer.budget import DISTRIBUTIONS
 GROWTH = ("gradient", "random")
 SWAPS = ("always", "if_better", "explore")
 STARTS = ("random", "score")
+UNIT_DISTRIBUTIONS = ("uniform", "by_score")
 CANDIDATES = ("last", "first")
 UNIT_COUNTS = ("carry", "round_up")
 WEIGHT_MOMENTS = ("zero", "mean", "gradient")
@@ -53,7 +54,8 @@ class SparsityConfig:
     regrow: bool = True
     """Whether a weight that an update prunes may grow again in the same update."""
     floor: float = 0.1
-    """With the global distribution: share of its first live weights that a layer always keeps."""
+    """Share of its first live weights that a layer always keeps with the global distribution, and of its neurons that a
+    block keeps with unit_distribution: by_score."""
     swap: str = "explore"
     """Units: always replace the share that is due; only if_better, where the estimated gain is greater; or explore: try
     each unit once, and after that take one back only if it is better."""
@@ -67,6 +69,11 @@ class SparsityConfig:
     start: str = "random"
     """What is live first: random by the seed, or score (of a trained dense model the weights of greatest magnitude and
     the units of greatest effect)."""
+    score_batches: int = 4
+    """With start: score, over how many calls of the closure the scores of units are averaged."""
+    unit_distribution: str = "uniform"
+    """How live heads and neurons are spread over the blocks: uniform, the same share of each; or by_score (with start:
+    score), as many in all, and where they matter most: none below one head and the floor of its neurons."""
     weight_moments: str = "zero"
     """Where the second moments of a grown weight start: at zero, so that it moves fast before it is judged by its
     magnitude; at the mean of the live ones of its tensor; or at the square of the gradient that grew it."""
@@ -125,6 +132,11 @@ class SparsityConfig:
         check("grow", f"one of {', '.join(GROWTH)}", self.grow in GROWTH)
         check("swap", f"one of {', '.join(SWAPS)}", self.swap in SWAPS)
         check("probation", "a whole number (0 or more)", whole(self.probation, 0))
+        check("score_batches", "a positive whole number", whole(self.score_batches, 1))
+        known = ", ".join(UNIT_DISTRIBUTIONS)
+        check("unit_distribution", f"one of {known}", self.unit_distribution in UNIT_DISTRIBUTIONS)
+        if self.unit_distribution == "by_score" and self.start != "score":
+            problems.append('unit_distribution: "by_score" needs start: "score", which compares the units')
         check("start", f"one of {', '.join(STARTS)}", self.start in STARTS)
         check("candidates", f"one of {', '.join(CANDIDATES)}", self.candidates in CANDIDATES)
         check("unit_counts", f"one of {', '.join(UNIT_COUNTS)}", self.unit_counts in UNIT_COUNTS)

@@ -11,6 +11,23 @@ from sparse_trainer.live_units import LiveUnits, Swap
 from sparse_trainer.unit_scores import Scores
 
 
+def spread_by_score(scores: Sequence[Tensor], counts: Sequence[int], least: Sequence[int]) -> list[list[int]]:
+    """The best units over all blocks: as many as ``counts`` says in all, and at least ``least`` of each block.
+
+    Args:
+        scores: of the units of each block ``[units]``.
+
+    Returns:
+        by block, the units that live, ascending.
+    """
+    first = [score.argsort(stable=True, descending=True).tolist() for score in scores]
+    chosen = [order[:few] for order, few in zip(first, least, strict=True)]
+    rest = [(-float(scores[b][u]), b, u) for b, order in enumerate(first) for u in order[least[b] :]]
+    for _, block, unit in sorted(rest)[: sum(counts) - sum(least)]:
+        chosen[block].append(unit)
+    return [sorted(units) for units in chosen]
+
+
 def choose(
     units: LiveUnits,
     scores: Scores,

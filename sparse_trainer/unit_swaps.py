@@ -7,7 +7,8 @@ and the candidates are scored (:mod:`~sparse_trainer.unit_scores`), some of them
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ from sparse_trainer.live_units import LiveUnits, Swap
 from sparse_trainer.optimizer_state import Optimizers
 from sparse_trainer.report import BlockUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
-from sparse_trainer.unit_choice import choose
+from sparse_trainer.unit_choice import choose, spread_by_score
 from sparse_trainer.unit_exchange import exchange
-from sparse_trainer.unit_scores import LossClosure, Scores, gate_scores, probing
-from sparse_trainer.units import find_blocks, keep
+from sparse_trainer.unit_scores import LossClosure, gate_scores, probing
+from sparse_trainer.units import UnitGroup, find_blocks, keep
 
 
 class UnitSwaps:
@@ -56,7 +57,9 @@ class UnitSwaps:
             for group, count in ((block.heads, heads), (block.neurons, neurons))
             if count[name] < group.count()
         ]
-        scores: dict[int, Scores] = {}
+        #: Units of each group in the dense network, by block and kind.
+        self.dense = {(g.block, g.kind): g.count() for b in self.blocks.values() for g in (b.heads, b.neurons)}
+        scores: list[Tensor] = []
         by_score = config.start == "score"
         if by_score:
             if closure is None:
@@ -64,15 +67,18 @@ class UnitSwaps:
                     'start: "score" needs the loss of a batch: SparsityScheduler(..., closure=lambda: loss)'
                 )
             groups = [group for group, _ in wanted]
-            with probing(model, [(group, {}) for group in groups]) as gates:
-                scores = dict(enumerate(gate_scores(closure, gates)))
+            for _ in range(config.score_batches):
+                with probing(model, [(group, {}) for group in groups]) as gates:
+                    found = [score.size for score in gate_scores(closure, gates)]
+                scores = [a + b for a, b in zip(scores, found, strict=True)] if scores else found
+        best = _spread(wanted, scores, config) if by_score else []
         self.groups: list[LiveUnits] = []
         for index, (group, count) in enumerate(wanted):
-            if by_score:
-                chosen = scores[index].size.topk(count).indices
-            else:
-                chosen = torch.randperm(group.count(), generator=generator)[:count]
-            live = sorted(chosen.tolist())
+            live = (
+                best[index] if by_score else sorted(torch.randperm(group.count(), generator=generator)[:count].tolist())
+            )
+            if len(live) == group.count():
+                continue
             units = LiveUnits(model, group, live, remember_first=config.candidates == "first")
             if by_score:
                 units.tried.update(units.dormant)
@@ -93,7 +99,8 @@ class UnitSwaps:
         """
         made = cls.__new__(cls)
         made.model, made.config, made.blocks = model, config, find_blocks(model)
-        made.groups = []
+        made.groups, made.dense = [], {}
+        asked: dict[str, list[tuple[int, int]]] = {"head": [], "neuron": []}
         for name, block in made.blocks.items():
             for group, live, totals, density in (
                 (block.heads, given.live_heads, given.dense_heads, config.head_density),
@@ -104,7 +111,9 @@ class UnitSwaps:
                     raise ValueError(
                         f"resume_from: {name} has {group.count()} {group.kind}s, and {len(here)} of {total} are live"
                     )
-                if count_units(density, total, group.kind) != len(here):
+                made.dense[name, group.kind] = total
+                asked[group.kind].append((count_units(density, total, group.kind), len(here)))
+                if config.unit_distribution == "uniform" and asked[group.kind][-1][0] != len(here):
                     raise ValueError(
                         f"resume_from: {len(here)} of {total} {group.kind}s of {name} are live, and the configuration "
                         f"asks for {density} of them; give {group.kind}_density={len(here) / total:.4g}"
@@ -115,7 +124,54 @@ class UnitSwaps:
                     if remember:
                         units.remember_first(dict(model.named_parameters()))
                     made.groups.append(units)
+        for kind, pairs in asked.items():
+            wanted, here_in_all = (sum(column) for column in zip(*pairs, strict=True))
+            if wanted != here_in_all:
+                raise ValueError(
+                    f"resume_from: {here_in_all} {kind}s are live in all, and {kind}_density asks for {wanted}"
+                )
         return made
+
+    def take_shapes(self, state: Mapping[str, Any], ema: Mapping[str, nn.Parameter]) -> list[str]:
+        """Give each block as many units as it has in a saved state; what they hold is then loaded.
+
+        Parameters stay the same objects with other data, so an optimizer goes on with them.
+
+        Args:
+            state: of :meth:`state_dict`.
+
+        Returns:
+            names of the parameters that changed their shape.
+        """
+        parameters, changed = dict(self.model.named_parameters()), []
+        for name, block in self.blocks.items():
+            for group in (block.heads, block.neurons):
+                total, key = self.dense[name, group.kind], f"{name}.{group.kind}"
+                count = len(state[key]["live"]) if key in state else total
+                if count == group.count():
+                    continue
+                for part in group.slices:
+                    changed.append(part.name)
+                    for tensors in (parameters, ema):
+                        if part.name in tensors:
+                            shape = list(tensors[part.name].shape)
+                            shape[part.dim] = part.groups * count * part.size
+                            tensors[part.name].data = tensors[part.name].data.new_zeros(shape)
+                            tensors[part.name].grad = None
+                group.set_count(count)
+        if changed:
+            self.groups = []
+            for name, block in self.blocks.items():
+                for group in (block.heads, block.neurons):
+                    total = self.dense[name, group.kind]
+                    if group.count() < total:
+                        units = LiveUnits(
+                            self.model, group, range(group.count()), total=total, generator=torch.Generator()
+                        )
+                        if self.config.candidates == "first":
+                            units.remember_first(parameters)
+                        self.groups.append(units)
+        return changed
 
     def report(self, swaps: Mapping[int, Swap]) -> dict[str, BlockUpdate]:
         """What an update did, by block.
@@ -238,3 +294,29 @@ class UnitSwaps:
             raise ValueError(f"the saved units are of other blocks than the model's: {', '.join(odd[:4])}")
         for name, group in expected.items():
             group.load_state_dict(state[name])
+
+
+def _spread(
+    wanted: Sequence[tuple[UnitGroup, int]], scores: Sequence[Tensor], config: SparsityConfig
+) -> list[list[int]]:
+    """The first live units of each group by score.
+
+    Raises:
+        ValueError: units of different blocks differ in size, so that as many of them are not as large.
+    """
+    if config.unit_distribution == "uniform":
+        return [sorted(score.topk(count).indices.tolist()) for (_, count), score in zip(wanted, scores, strict=True)]
+    best: list[list[int]] = [[] for _ in wanted]
+    for kind in ("head", "neuron"):
+        mine = [index for index, (group, _) in enumerate(wanted) if group.kind == kind]
+        sizes = {(wanted[i][0].size, wanted[i][0].writer.weight.shape[0]) for i in mine}
+        if len(sizes) > 1:
+            raise ValueError(
+                f'unit_distribution: "by_score" needs {kind}s of one size, and this model has blocks of different '
+                'widths; give "uniform"'
+            )
+        least = [1 if kind == "head" else math.ceil(config.floor * wanted[i][1]) or 1 for i in mine]
+        counts = [wanted[i][1] for i in mine]
+        for index, units in zip(mine, spread_by_score([scores[i] for i in mine], counts, least), strict=True):
+            best[index] = units
+    return best

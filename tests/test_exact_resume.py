@@ -52,6 +52,13 @@ VARIANTS: dict[str, Changes] = {
         },
         "optimizer": {"name": "lion", "lr": 1e-3},
     },
+    "blocks of different sizes": {
+        "sparsity": {
+            **SHORT["sparsity"], "density": 0.35, "head_density": 0.67, "neuron_density": 0.5, "start": "score",
+            "unit_distribution": "by_score",
+        },
+        "training": {**SHORT["training"], "ema_decay": 0.9},
+    },
     "tokens": {"sparsity": None, "selector": {"keep_ratio": 0.5}},
     "joint": {
         "sparsity": {

@@ -26,11 +26,12 @@ THRESHOLD = {"kind": "threshold", "stages": [1], "thresholds": [0.0045]}
         ({"density": 0.5}, None),
         ({"density": None, **UNITS}, None),
         ({"density": 0.4, **UNITS}, None),
+        ({"density": 0.4, **UNITS, "start": "score", "unit_distribution": "by_score"}, None),
         ({"density": 0.5}, TOP_K),
         ({"density": 0.4, **UNITS}, TOP_K),
         ({"density": 0.4, **UNITS}, THRESHOLD),
     ],
-    ids=["weights", "units", "weights_units", "weights_tokens", "joint_top_k", "joint_threshold"],
+    ids=["weights", "units", "weights_units", "by_score", "weights_tokens", "joint_top_k", "joint_threshold"],
 )
 def test_saved_loaded_and_expanded_agree(
     tmp_path: Path, sparsity: dict[str, Any], selector: dict[str, Any] | None
@@ -39,10 +40,11 @@ def test_saved_loaded_and_expanded_agree(
     name = "deit_tiny_patch16_224"
     model = create_model(name, selector=selector, **TINY)
     config = SparsityConfig(**{"update_every": 1, "drop_fraction": 0.6, "swap": "always", **sparsity})
-    scheduler = SparsityScheduler(model, config, total_steps=20)
+    images, targets = torch.randn(8, 1, 16, 16), torch.randint(5, (8,))
+    closure = (lambda: F.cross_entropy(model(images), targets)) if config.start == "score" else None
+    scheduler = SparsityScheduler(model, config, total_steps=20, closure=closure)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler.attach(optimizer)
-    images, targets = torch.randn(8, 1, 16, 16), torch.randint(5, (8,))
     for _ in range(5):
         F.cross_entropy(model(images), targets).backward()
         optimizer.step()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,14 +8,16 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from experiments.trials import damaged_heads
 from sparse_trainer import SparsityConfig, SparsityScheduler
 from sparse_trainer.live_units import LiveUnits, Swap
-from sparse_trainer.unit_choice import choose
+from sparse_trainer.unit_choice import choose, spread_by_score
 from sparse_trainer.unit_scores import Scores
 from sparse_trainer.units import find_blocks
+from tests.test_scheduler import assert_invariants
 
 Factory = Callable[..., nn.Module]
 
@@ -151,3 +154,106 @@ def test_the_trial_damages_what_it_says() -> None:
             assert int(changed.sum()) == 2 * 8
         elif "blocks.1.attn.qkv" not in name and "blocks.0.attn.qkv" not in name:
             assert not changed.any()
+
+
+def test_units_where_they_matter() -> None:
+    """Six of nine, at least one of each block: the best of each, then 5, 4 and 4, of which the earlier block first."""
+    scores = [torch.tensor(s) for s in ([9.0, 5.0, 4.0], [1.0, 0.5, 0.2], [4.0, 8.0, 0.1])]
+    assert spread_by_score(scores, [2, 2, 2], [1, 1, 1]) == [[0, 1, 2], [0], [0, 1]]
+    assert spread_by_score(scores, [1, 1, 1], [1, 1, 1]) == [[0], [0], [1]]
+    assert spread_by_score(scores, [2, 2, 2], [2, 2, 2]) == [[0, 1], [0, 1], [0, 1]]
+
+
+def by_score(model: nn.Module, batch: tuple[Tensor, Tensor], **changes: Any) -> SparsityScheduler:
+    config: dict[str, Any] = {"density": None, "head_density": 0.67, "neuron_density": 0.5, "start": "score"}
+    return SparsityScheduler(
+        model,
+        SparsityConfig(
+            **{**config, "unit_distribution": "by_score", "update_every": 1, "drop_fraction": 0.6, **changes}
+        ),
+        total_steps=20,
+        closure=lambda: F.cross_entropy(model(batch[0]), batch[1]),
+    )
+
+
+def test_blocks_of_different_sizes(tiny_deit: Factory, tiny_batch: tuple[Tensor, Tensor]) -> None:
+    """Two heads and most neurons of block 1 write nothing, so block 0 keeps what they would have cost."""
+    model, same = tiny_deit(), tiny_deit()
+    block, parameters = find_blocks(model)["blocks.1"], dict(model.named_parameters())
+    block.heads.outputs[0].units(parameters[block.heads.outputs[0].name].data)[:2] = 0
+    block.neurons.outputs[0].units(parameters[block.neurons.outputs[0].name].data)[3:] = 0
+    scheduler = by_score(model, tiny_batch, density=0.3)
+    uniform = by_score(same, tiny_batch, density=0.3, unit_distribution="uniform")
+    assert scheduler.live_heads == {"blocks.0": (0, 1, 2), "blocks.1": (2,)}
+    assert [len(units) for units in scheduler.live_neurons.values()] == [91, 5]  # a tenth of 48, rounded up
+    assert set(scheduler.live_neurons["blocks.1"]) > {0, 1, 2}
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in same.parameters())
+    assert scheduler.budget == uniform.budget
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler.attach(optimizer)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    for _ in range(4):
+        F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]).backward()
+        optimizer.step()
+        update = scheduler.step(lambda: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]))
+        assert update is not None
+        assert update.budget == uniform.budget
+        assert {name: p.shape for name, p in model.named_parameters()} == shapes
+        assert (update.blocks["blocks.0"].explored_heads, update.blocks["blocks.0"].heads) == (3, 3)
+
+
+def test_by_score_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(ValueError, match='unit_distribution: "by_score" needs start: "score"'):
+        SparsityConfig(head_density=0.5, unit_distribution="by_score")
+    with pytest.raises(ValueError, match="unit_distribution: 'global' is not one of uniform, by_score"):
+        SparsityConfig(head_density=0.5, unit_distribution="global")
+
+
+@pytest.mark.parametrize("density", [None, 0.3])
+def test_a_saved_state_of_other_sizes_goes_on_bit_for_bit(
+    density: float | None, tiny_deit: Factory, tiny_batch: tuple[Tensor, Tensor]
+) -> None:
+    """The network that goes on was made from other weights, so its blocks have other sizes until the state is there."""
+
+    def prepare(seed: int, quiet: int) -> tuple[nn.Module, SparsityScheduler, torch.optim.Optimizer, ModelEmaV3]:
+        model = tiny_deit(seed)
+        heads = find_blocks(model)[f"blocks.{quiet}"].heads.outputs[0]
+        heads.units(dict(model.named_parameters())[heads.name].data)[:2] = 0
+        scheduler = by_score(model, tiny_batch, density=density, growth_batches=1)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        ema = ModelEmaV3(model, decay=0.9)
+        scheduler.attach(optimizer, ema=ema)
+        return model, scheduler, optimizer, ema
+
+    def train(
+        model: nn.Module, scheduler: SparsityScheduler, optimizer: torch.optim.Optimizer, ema: ModelEmaV3, steps: int
+    ) -> None:
+        for _ in range(steps):
+            F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]).backward()
+            optimizer.step()
+            assert scheduler.step(lambda: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1])) is not None
+            optimizer.zero_grad()
+            ema.update(model)
+
+    first = prepare(0, 1)
+    train(*first, 2)
+    states = copy.deepcopy([part.state_dict() for part in first])
+    again = prepare(1, 0)
+    assert [len(heads) for heads in again[1].live_heads.values()] == [1, 3]
+    F.cross_entropy(again[0](tiny_batch[0]), tiny_batch[1]).backward()
+    owned = [id(parameter) for parameter in again[0].parameters()]
+    assert again[1].take_shapes(states[1])
+    assert not again[1].take_shapes(states[1])
+    for part, state in zip((again[0], again[1], again[2], again[3]), states, strict=True):
+        part.load_state_dict(state)
+    again[2].zero_grad()
+    assert [id(parameter) for parameter in again[0].parameters()] == owned
+    assert [len(heads) for heads in again[1].live_heads.values()] == [3, 1]
+    train(*first, 3)
+    train(*again, 3)
+    assert again[1].live_heads == first[1].live_heads
+    assert again[1].live_neurons == first[1].live_neurons
+    for mine, other in ((first[0], again[0]), (first[3], again[3])):
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in mine.state_dict().items())
+    if density is not None:
+        assert_invariants(again[1], again[2], first[1].budget.live, again[3].module)

@@ -59,10 +59,11 @@ class Feed:
             epoch, batch, images, targets = next(self.batches)
         return self._mixed(epoch, batch, images, targets)
 
-    def first(self) -> tuple[Tensor, Tensor]:
-        """The first batch of the run, as it will be trained on; the run does not move."""
-        images, targets = next(iter(self.data.train.batches(0, 0)))
-        return self._mixed(0, 0, images, targets)
+    def early(self, batch: int) -> tuple[Tensor, Tensor]:
+        """A batch of the first epoch, as it will be trained on; the run does not move."""
+        batch %= self.plan.steps_per_epoch * self.plan.accumulate
+        images, targets = next(iter(self.data.train.batches(0, batch)))
+        return self._mixed(0, batch, images, targets)
 
     def _mixed(self, epoch: int, batch: int, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         if self.mixing is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -104,7 +105,7 @@ class Trainer:
         if isinstance(selector, TopKSelector):
             selector.share = (processes.rank, processes.size)
         if config.sparsity is not None:
-            closure = self._first_loss if config.sparsity.structured and config.sparsity.start == "score" else None
+            closure = self._first_losses() if config.sparsity.structured and config.sparsity.start == "score" else None
             with naming("sparsity"), warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 self.sparsity = SparsityScheduler(
@@ -124,16 +125,21 @@ class Trainer:
         self.lr_schedule = create_lr_schedule(self.optimizer, config.schedule, self.plan)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "float16")
         self.weight_step = WeightStep(self.model, self.optimizer, self.scaler, training.clip_grad)
-        self.forward: nn.Module = torch.compile(self.model) if training.compile else self.model  # type: ignore[assignment]
-        if processes.size > 1:
-            image = (data.in_chans, data.image_size, data.image_size)
-            self.forward = in_parallel(self.forward, self.model, image)
+        self.forward = self._make_forward()
         seed_process(training.seed, processes.rank)
 
         self.tried = 0  # optimizer steps tried: it alone decides which images come next
         self.step = 0  # optimizer steps that counted
         self.bad_in_a_row = 0
         self.running = Running()
+
+    def _make_forward(self) -> nn.Module:
+        """What a training step calls: the model, compiled and shared with other processes as was asked."""
+        forward: nn.Module = torch.compile(self.model) if self.config.training.compile else self.model  # type: ignore[assignment]
+        if self.processes.size > 1:
+            image = (self.data.in_chans, self.data.image_size, self.data.image_size)
+            forward = in_parallel(forward, self.model, image)
+        return forward
 
     @property
     def bad_steps(self) -> int:
@@ -342,6 +348,8 @@ class Trainer:
         check_same_checkpoint([state["tried"], state["step"]], self.processes)
         if state["tried"] % self.plan.steps_per_epoch:
             check_same_order(state["order"], self.data.train.order)
+        if self.sparsity is not None and self.sparsity.take_shapes(state["sparsity"]):
+            self.forward = self._make_forward()
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
@@ -370,9 +378,10 @@ class Trainer:
             step=self.tried,
         )
 
-    def _first_loss(self) -> Tensor:
-        """Of the first batch as it will be trained on."""
-        return self.objective.probe(*self.feed.first())
+    def _first_losses(self) -> Callable[[], Tensor]:
+        """Of one batch after the other, as they will be trained on."""
+        numbers = itertools.count()
+        return lambda: self.objective.probe(*self.feed.early(next(numbers)))
 
     def _update_masks(
         self, images: Tensor, targets: Tensor, *, due: bool, skipped: bool

@@ -15,7 +15,7 @@ from experiments.config.run_config import choose_device
 from experiments.data.create_data import create_data
 from experiments.data.data_config import DataConfig
 from experiments.errors import ConfigError
-from experiments.evaluation.precision import precision_context
+from experiments.evaluation.precision import narrow, precision_context
 from experiments.training.losses import distillation_loss
 from models import create_model
 from sparse_trainer import flops
@@ -179,7 +179,10 @@ def training_step(
     moved = optimizer if optimizer is not None else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     forward = torch.compile(model) if setting.compile else model
     autocast = precision_context(images.device, setting.amp)
-    advice = None if teacher is None else classifier(teacher, setting)
+    advice = None
+    if teacher is not None:
+        narrow(teacher, setting.amp)
+        advice = classifier(teacher, setting)
 
     def step() -> None:
         taught = None if advice is None else advice(images)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from experiments.data.create_data import Data
 from experiments.errors import ConfigError
-from experiments.evaluation.precision import Autocast, precision_context
+from experiments.evaluation.precision import Autocast, narrow, precision_context
 from experiments.run_folder.folder import RunFolder
 from experiments.training.foreign_weights import find_foreign, load_foreign
 from models import create_model, resolve
@@ -161,6 +161,7 @@ def create_teacher(
     else:
         model, wants = _create_timm(where, data)
     model = model.to(device).eval().requires_grad_(False)
+    narrow(model, amp)
     mean, std, own_mean, own_std = (
         torch.tensor(values, dtype=torch.float64).view(-1, 1, 1)
         for values in (data.mean, data.std, wants.mean, wants.std)

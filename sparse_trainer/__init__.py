@@ -12,6 +12,7 @@ from sparse_trainer.files.checkpoint import (
     read_info,
     save_sparse,
 )
+from sparse_trainer.kernels.accelerate import accelerate
 from sparse_trainer.report import BlockUpdate, LayerUpdate, MaskUpdate
 from sparse_trainer.scheduler import SparsityScheduler
 from sparse_trainer.sparsity_config import SparsityConfig
@@ -27,6 +28,7 @@ __all__ = [
     "SparseInfo",
     "SparsityConfig",
     "SparsityScheduler",
+    "accelerate",
     "expand",
     "live_network",
     "load_sparse",

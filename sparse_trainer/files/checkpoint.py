@@ -39,6 +39,7 @@ from sparse_trainer.files.rebuild import (
 from sparse_trainer.files.resume import load_resume, save_resume
 from sparse_trainer.files.sparse_info import SparseInfo
 from sparse_trainer.files.tensor_file import CheckpointError, fault, quote, read_metadata, read_tensors, write_tensors
+from sparse_trainer.kernels.accelerate import KERNELS, accelerate
 from sparse_trainer.masks import count_live, pack_bits, unpack_bits
 
 __all__ = [
@@ -141,6 +142,7 @@ def load_sparse(
     create_model: ModelFactory | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = torch.float32,
+    kernels: str = "dense",
 ) -> nn.Module:
     """The model in a sparse checkpoint, in eval mode; in float32 its logits are the saved ones bit for bit.
 
@@ -152,10 +154,15 @@ def load_sparse(
         create_model: called as ``create_model(name, **args)``, with ``selector=`` where there is one. The
             default is ``timm.create_model``; a checkpoint with a selector needs ``models.create_model``.
         dtype: of the floating tensors of the model; None keeps the dtype of the file.
+        kernels: ``auto`` or ``sparse`` give a model for inference whose layers skip dead weights
+            (:func:`sparse_trainer.accelerate`); ``dense`` one that can train.
 
     Raises:
         CheckpointError: whatever is wrong with the file; it names the file, what was expected and found.
+        ValueError: for unknown ``kernels``.
     """
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels: {kernels!r} is not one of {', '.join(KERNELS)}")
     device = torch.device(device)
     contents = read_sparse(path)
     info = contents.info
@@ -175,7 +182,8 @@ def load_sparse(
     except Exception as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path}: the model cannot be rebuilt: {message[:1000]}") from error
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    return model if kernels == "dense" else accelerate(model, contents.masks, kernels=kernels)
 
 
 def expand(

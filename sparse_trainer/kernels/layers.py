@@ -1,0 +1,111 @@
+"""Layers for inference that skip dead weights, in the place of ``nn.Linear`` and of a patch embedding's convolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_trainer.kernels.library import Library
+from sparse_trainer.kernels.packed import DTYPES, Packed, product, unpack
+
+FOR_INFERENCE = (
+    "this model was accelerated for inference, and its layers have no weights that can train or be saved; train and "
+    "save the model that accelerate() was given, or that load_sparse(path, kernels='dense') gives"
+)
+
+
+class InferenceOnly(nn.Module):
+    """A layer that cannot train, and says so."""
+
+    def train(self, mode: bool = True) -> Any:
+        if mode:
+            raise RuntimeError(FOR_INFERENCE)
+        return super().train(False)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        raise RuntimeError(FOR_INFERENCE)
+
+    @staticmethod
+    def check_no_gradient(x: Tensor) -> None:
+        """Raises RuntimeError where somebody would wait for a gradient."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(f"no gradient passes here: {FOR_INFERENCE}")
+
+
+def as_computed(x: Tensor) -> Tensor:
+    """The type that autocast asks for; float32 for what has no kernel."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x if x.dtype in DTYPES else x.float()
+
+
+class SparseLinear(InferenceOnly):
+    """``activation(x W^T + bias)`` over ``[..., in]`` by a kernel that reads live weights alone.
+
+    Args:
+        activation: none, gelu or relu.
+    """
+
+    def __init__(self, library: Library, packed: Packed, activation: str = "none") -> None:
+        super().__init__()
+        self.library, self.packed, self.activation = library, packed, activation
+        self.in_features, self.out_features = packed.inputs, packed.outputs
+        self.training = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix, built at each use: for those who look, not for those who compute."""
+        return unpack(self.packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_no_gradient(x)
+        x = as_computed(x)
+        sheet = x.reshape(-1, self.in_features)
+        return product(self.library, sheet, self.packed, self.activation).view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        pattern = f"{self.packed.rows}x1" if self.packed.rows > 1 else "1x1"
+        return f"{self.in_features}, {self.out_features}, density={self.packed.density:.3f}, kernel={pattern}"
+
+
+class SparsePatches(InferenceOnly):
+    """A convolution whose kernel is its stride, as the product of flattened patches.
+
+    Args:
+        linear: over ``channels * height * width`` of a patch.
+        kernel: height and width of a patch.
+    """
+
+    def __init__(self, linear: nn.Module, kernel: tuple[int, int]) -> None:
+        super().__init__()
+        self.linear, self.kernel = linear, kernel
+        self.training = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, C, H, W]`` to ``[B, out, H / height, W / width]``; what is left over at the edges is not read."""
+        height, width = self.kernel
+        rows, columns = images.shape[2] // height, images.shape[3] // width
+        images = images[:, :, : rows * height, : columns * width]
+        patches = images.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # [B, C, rows, h, columns, w]
+        sheet = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # [B, rows, columns, C * h * w]
+        return self.linear(sheet).permute(0, 3, 1, 2)
+
+
+class CompressedRows(InferenceOnly):
+    """``x W^T + bias`` by torch's own product of compressed sparse rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.matrix = weight.detach().float().to_sparse_csr()
+        self.bias = None if bias is None else bias.detach().float()
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_no_gradient(x)
+        sheet = x.float().reshape(-1, self.in_features)
+        y = (self.matrix @ sheet.t()).t()
+        y = y if self.bias is None else y + self.bias
+        return y.to(as_computed(x).dtype).view(*x.shape[:-1], self.out_features)

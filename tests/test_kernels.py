@@ -1,0 +1,363 @@
+"""Products that skip dead weights: against dense products in float64, whatever the mask, the tail and the batch."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from models import create_model
+from sparse_trainer import (
+    Budget,
+    SparseInfo,
+    SparsityConfig,
+    SparsityScheduler,
+    accelerate,
+    load_sparse,
+    save_sparse,
+)
+from sparse_trainer.kernels import accelerate as accelerating
+from sparse_trainer.kernels import library, on_gpu, packed
+from sparse_trainer.kernels.accelerate import describe_choices
+from sparse_trainer.kernels.layers import CompressedRows, SparseLinear, SparsePatches
+from tests.conftest import TINY
+
+Factory = Callable[..., nn.Module]
+TARGETS = [library.NATIVE, ("-mavx2", "-mfma", "-mno-avx512f"), ("-mno-avx",)]
+"""Instructions to compile for: this processor's, registers of 8 numbers, registers of 4."""
+
+
+@pytest.fixture(scope="module", params=TARGETS, ids=["native", "avx2", "sse"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> library.Library:
+    folder = tmp_path_factory.mktemp("kernels")
+    folder.chmod(0o700)
+    return library.open_library(library.build(request.param, folder))
+
+
+def draw_mask(outputs: int, inputs: int, rows: int, density: float, generator: torch.Generator) -> Tensor:
+    blocks = torch.rand(-(-outputs // rows), 1, inputs, generator=generator) < density
+    return blocks.expand(-1, rows, -1).reshape(-1, inputs)[:outputs].contiguous()
+
+
+def expected(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    y = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    return {"none": y, "gelu": F.gelu(y), "relu": F.relu(y)}[activation]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 70),
+    inputs=st.integers(1, 70),
+    blocks=st.integers(1, 6),
+    rows=st.sampled_from([1, 4, 8, 16, 32]),
+    density=st.sampled_from([0.0, 0.02, 0.3, 0.7, 1.0]),
+    activation=st.sampled_from(["none", "gelu", "relu"]),
+    biased=st.booleans(),
+    threads=st.sampled_from([1, 2]),
+    seed=st.integers(0, 9),
+)
+def test_products(
+    kernels: library.Library,
+    tokens: int,
+    inputs: int,
+    blocks: int,
+    rows: int,
+    density: float,
+    activation: str,
+    biased: bool,
+    threads: int,
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    outputs = blocks * rows + (3 if rows == 1 else 0)
+    mask = draw_mask(outputs, inputs, rows, density, generator)
+    weight = torch.randn(outputs, inputs, generator=generator) * mask
+    bias = torch.randn(outputs, generator=generator) if biased else None
+    x = torch.randn(tokens, inputs + 3, generator=generator)[:, :inputs]  # rows that lie apart
+    taken = packed.pack(weight, mask, bias, rows)
+    assert torch.equal(packed.unpack(taken), weight)
+    torch.set_num_threads(threads)
+    found = packed.product(kernels, x, taken, activation)
+    wanted = expected(x, weight, bias, activation)
+    scale = max(1.0, float(wanted.abs().max()) if tokens else 0.0)
+    assert float((found - wanted).abs().max() if tokens else 0.0) <= 1e-5 * scale
+    half = packed.product(kernels, x.bfloat16(), taken, activation)
+    assert half.dtype == torch.bfloat16
+    wanted = expected(x.bfloat16(), weight, bias, activation)
+    torch.testing.assert_close(half.double(), wanted, atol=1e-2 * scale, rtol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_does_not_depend_on_its_batch(kernels: library.Library, rows: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = draw_mask(48, 64, rows, 0.3, generator)
+    taken = packed.pack(torch.randn(48, 64, generator=generator), mask, torch.randn(48, generator=generator))
+    x = torch.randn(133, 64, generator=generator).to(dtype)
+    whole = packed.product(kernels, x, taken, "gelu")
+    for first, last in ((0, 1), (5, 18), (60, 133)):
+        assert torch.equal(packed.product(kernels, x[first:last], taken, "gelu"), whole[first:last])
+
+
+def test_one_live_weight_by_hand(kernels: library.Library) -> None:
+    weight = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
+    taken = packed.pack(weight, weight != 0, torch.tensor([1.0, -1.0]))
+    assert taken.starts.tolist() == [0, 0, 1]
+    assert taken.columns.tolist() == [1]
+    found = packed.product(kernels, torch.tensor([[5.0, 2.0], [7.0, -1.0]]), taken)
+    assert found.tolist() == [[1.0, 5.0], [1.0, -4.0]]
+
+
+def test_numbers_that_are_not_finite(kernels: library.Library) -> None:
+    taken = packed.pack(torch.eye(16), torch.eye(16) != 0, rows=1)
+    x = torch.tensor([[float("nan"), float("inf"), -float("inf"), *[1.0] * 13]])
+    torch.testing.assert_close(packed.product(kernels, x, taken), x, equal_nan=True)
+    torch.testing.assert_close(packed.product(kernels, x.bfloat16(), taken).float(), x, equal_nan=True)
+
+
+def test_heights_of_blocks_are_found() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for rows in (32, 16, 8, 4, 1):
+        assert packed.block_rows(draw_mask(64, 20, rows, 0.5, generator)) == rows
+    assert packed.block_rows(draw_mask(63, 20, 1, 0.5, generator)) == 1
+
+
+def test_tiles_are_shared_evenly() -> None:
+    """197 tokens on two threads: ten tiles of 10 for each are 100 tokens, eight of 14 would be 112."""
+    assert packed.tile_of(197, 2) == 10
+    assert packed.tile_of(14 * 100, 1) == 14
+
+
+# The whole model
+
+
+def sparse_model(**arguments: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    model = create_model("deit_tiny_patch16_224", **{**TINY, **arguments})
+    scheduler = SparsityScheduler(model, SparsityConfig(density=0.2, updates=0), total_steps=9)
+    return model.eval(), scheduler.masks
+
+
+@pytest.mark.parametrize("kind", ["auto", "sparse", "dense"])
+@pytest.mark.parametrize("selector", [None, {"kind": "top_k", "keep_ratio": 0.6}, {"kind": "threshold", "stages": [1]}])
+def test_an_accelerated_model_computes_the_same(kind: str, selector: Any) -> None:
+    model, masks = sparse_model(selector=selector)
+    before = copy.deepcopy(model.state_dict())
+    fast: Any = accelerate(model, masks, kernels=kind, rows=17)
+    images = torch.randn(5, 1, 16, 16)
+    with torch.inference_mode():
+        wanted = model(images)
+        torch.testing.assert_close(fast(images), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(copy.deepcopy(fast)(images), wanted, atol=1e-5, rtol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(fast(images).float(), wanted, atol=5e-2, rtol=5e-2)
+        single = torch.cat([fast(image[None]) for image in images])
+    torch.testing.assert_close(single, wanted, atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [choice.layer for choice in fast.kernel_choices] == (
+        [] if kind == "dense" else [name.removesuffix(".weight") for name in masks]
+    )
+    if kind == "sparse":
+        assert isinstance(fast.get_submodule("patch_embed.proj"), SparsePatches)
+        assert isinstance(fast.blocks[0].mlp.act, nn.Identity)  # it is computed with fc1
+        assert "1x1: " in describe_choices(fast)
+    assert not any(choice.speedup is not None and choice.speedup < 1 for choice in fast.kernel_choices)
+
+
+def test_it_cannot_train_or_be_saved() -> None:
+    model, masks = sparse_model()
+    fast = accelerate(model, masks, kernels="sparse")
+    for forbidden in (fast.train, lambda: fast.blocks.train(), fast.state_dict):  # type: ignore[union-attr,operator]
+        with pytest.raises(RuntimeError, match=r"accelerated for inference.*kernels='dense'"):
+            forbidden()
+    assert fast.eval() is fast
+    images = torch.randn(2, 1, 16, 16, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no gradient passes here"):
+        fast(images)
+
+
+def test_what_is_wrong_is_said() -> None:
+    model, masks = sparse_model()
+    with pytest.raises(ValueError, match="'fast' is not one of auto, dense, sparse"):
+        accelerate(model, masks, kernels="fast")
+    with pytest.raises(ValueError, match="nothing is no parameter"):
+        accelerate(model, {"nothing": torch.ones(2, dtype=torch.bool)})
+
+
+def test_from_a_sparse_file(tmp_path: Path) -> None:
+    model, masks = sparse_model()
+    live = sum(int(mask.sum()) for mask in masks.values())
+    info = SparseInfo(
+        model="deit_tiny_patch16_224",
+        model_args=TINY,
+        budget=Budget(live, sum(mask.numel() for mask in masks.values())),
+        macs=1,
+        image_size=16,
+        in_chans=1,
+        mean=(0.5,),
+        std=(0.5,),
+    )
+    save_sparse(tmp_path / "sparse.safetensors", model, masks=masks, info=info)
+    images = torch.randn(3, 1, 16, 16)
+    with torch.inference_mode():
+        for kernels in ("auto", "sparse", "dense"):
+            loaded = load_sparse(tmp_path / "sparse.safetensors", kernels=kernels)
+            torch.testing.assert_close(loaded(images), model(images), atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="kernels: 'slow'"):
+        load_sparse(tmp_path / "sparse.safetensors", kernels="slow")
+
+
+def test_compressed_rows_and_odd_convolutions() -> None:
+    layer = nn.Linear(12, 7)
+    mask = torch.rand(7, 12) < 0.3
+    layer.weight.data.mul_(mask)
+    with torch.inference_mode():
+        found = accelerating._compressed(layer)
+        assert isinstance(found, CompressedRows)
+        torch.testing.assert_close(found(torch.ones(2, 5, 12)), layer(torch.ones(2, 5, 12)))
+    assert accelerating._as_linear(nn.Conv2d(3, 4, 4, stride=2)) is None
+    assert accelerating._as_linear(nn.Conv2d(4, 4, 4, stride=4, groups=2)) is None
+    # A picture that the patches do not divide: what is left over at the edges is not read, as by the convolution.
+    convolution = nn.Conv2d(3, 5, (4, 2), stride=(4, 2))
+    linear = accelerating._as_linear(convolution)
+    assert linear is not None
+    images = torch.randn(2, 3, 11, 9)
+    with torch.inference_mode():
+        torch.testing.assert_close(SparsePatches(linear, (4, 2))(images), convolution(images))
+
+
+# What can go wrong with a compiler and a cache
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library.load_library.cache_clear()
+    yield tmp_path / "cache" / "sparse-trainer" / "kernels"
+    library.load_library.cache_clear()
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+
+
+def test_without_a_compiler_everything_works_as_before(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    without_compiler(monkeypatch, tmp_path)
+    model, masks = sparse_model()
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler was found.*install one"):
+        fast: Any = accelerate(model, masks, kernels="sparse")
+    assert {choice.kernel for choice in fast.kernel_choices} == {"dense"}
+    with torch.inference_mode():
+        images = torch.randn(2, 1, 16, 16)
+        assert torch.equal(fast(images), model(images))
+
+
+def test_a_compiler_that_fails(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho 'out of order' >&2\nexit 3\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(library.KernelError, match=r"broken cannot build the kernels .out of order."):
+        library.load_library()
+    assert list(cache.iterdir()) == []
+
+
+def test_a_compiler_that_does_not_know_the_processor(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    assert library.open_library(library.build(("-march=nonsense",), tmp_path)).lanes in (4, 8, 16)
+
+
+def test_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = library.build()
+    assert path.parent == cache
+    assert cache.stat().st_mode & 0o777 == 0o700
+    first = path.stat().st_mtime_ns
+    assert library.build() == path
+    assert path.stat().st_mtime_ns == first  # not built again
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.unlink()
+        path.write_bytes(damaged)
+        path.chmod(0o700)
+        library.build()
+        assert path.read_bytes() == whole
+    second = path.stat().st_mtime_ns
+    path.chmod(0o777)  # anybody might have written to it
+    library.build()
+    assert path.stat().st_mtime_ns != second
+    assert path.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(os, "getuid", lambda: 12345)  # the cache is a stranger's
+    assert library.cache_folder() != cache
+
+
+def test_a_home_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    folder = library.cache_folder()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert library._is_own(folder)
+
+
+def test_two_processes_build_at_once(tmp_path: Path) -> None:
+    code = "from sparse_trainer.kernels.library import load_library; print(load_library().lanes)"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate()[0].strip() for process in both]
+    assert said[0] == said[1]
+    assert said[0] in ("4", "8", "16")
+    left = sorted(path.suffix for path in (tmp_path / "sparse-trainer" / "kernels").iterdir())
+    assert left == [".so", ".sum"]
+
+
+# On a GPU
+
+
+def test_patterns_of_a_gpu_are_found() -> None:
+    two = torch.tensor([[True, False, True, False], [False, False, False, True]]).repeat(8, 4)
+    assert on_gpu.is_two_of_four(two)
+    assert not on_gpu.is_two_of_four(~two | two)
+    blocks = (torch.rand(4, 3) < 0.5).repeat_interleave(32, 0).repeat_interleave(32, 1)
+    assert on_gpu.block_side(blocks) == 32
+    blocks[0, 0] ^= True
+    assert on_gpu.block_side(blocks) is None
+    assert on_gpu.candidates(nn.Linear(16, 16), two, torch.float32) == {}
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("pattern", ["2:4", "bsr"])
+def test_products_on_a_gpu(dtype: torch.dtype, pattern: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(256, 512).to("cuda", dtype)
+    if pattern == "2:4":
+        mask = torch.tensor([True, True, False, False]).repeat(512, 64).cuda()
+    else:
+        mask = (torch.rand(8, 4) < 0.5).repeat_interleave(64, 0).repeat_interleave(64, 1).cuda()
+    layer.weight.data.mul_(mask)
+    x = torch.randn(4, 64, 256, device="cuda", dtype=dtype)
+    with torch.inference_mode():
+        (found,) = on_gpu.candidates(layer, mask, dtype).values()
+        torch.testing.assert_close(found(x), layer(x), atol=2e-2, rtol=2e-2)
+
+
+def test_a_layer_says_what_it_is() -> None:
+    layer = SparseLinear(library.load_library(), packed.pack(torch.eye(32), torch.eye(32) != 0))
+    assert "density=0.031, kernel=1x1" in repr(layer)
+    assert torch.equal(layer.weight, torch.eye(32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,9 @@ TINY = {
 }
 """Arguments that make timm's DeiT names tiny: 16 patches, 3 heads of 8, 96 neurons."""
 
+
+# A GPU's matrix products look for it once, at the first of them; without it none is deterministic.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 """For tests that hold on both; on a machine without a GPU the second one is skipped."""

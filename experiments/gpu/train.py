@@ -81,7 +81,9 @@ class Training:
         self.record = Record(settings.output / "train.json", machine=self.machine, dry=settings.dry)
         self.results = Results(settings, self.grid)
         changes = ["--training.checkpoint_every", "100000"]
-        changes += DRY_CHANGES if settings.dry else ("--data.root", str(settings.data.absolute()))
+        changes += (
+            DRY_CHANGES if settings.dry else ("--data.root", str(settings.data.absolute()), "--data.workers", "4")
+        )
         changes += ["--training.compile", "true"] if settings.compile else []
         self.threads = max(1, (os.cpu_count() or 1) // settings.jobs)
         self.runs = Runs(self.grid, scratch / self.grid.name, self.threads, changes)

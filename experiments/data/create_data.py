@@ -129,7 +129,8 @@ def _decode(config: DataConfig, source: ImageSource, shape: tuple[int, int, int]
 
 def _constant(images: Tensor, source: ImageSource) -> tuple[str, ...]:
     """Names of the images [N, C, S, S] in which all pixels are alike."""
-    alike = (images == images[:, :, :1, :1]).flatten(1).all(dim=1)
+    # In parts: compared at once, they would take as much memory again.
+    alike = torch.cat([(part == part[:, :, :1, :1]).flatten(1).all(dim=1) for part in images.split(1024)])
     return tuple(source.name(index) for index in alike.nonzero().flatten().tolist())
 
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparse_trainer.budget import Budget
 from sparse_trainer.files.tensor_file import CheckpointError, fault, quote, read_metadata, read_tensors, write_tensors
+from sparse_trainer.mask_history import MaskHistory
+from sparse_trainer.mask_pictures import units_picture, weights_picture
 from sparse_trainer.masks import pack_bits, unpack_bits
 from sparse_trainer.report import BlockUpdate, LayerUpdate, MaskUpdate
 
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 FORMAT, VERSION = "sparse-trainer-masks", 1
-
-DEAD = (0.09, 0.10, 0.14)  #: near black
-LIVE = (0.36, 0.80, 0.90)  #: light blue
-ADDED = (1.00, 0.62, 0.11)  #: orange; differs from LIVE in lightness too
 
 _RECORD_NAME = re.compile(r"step_(\d{8,})\.safetensors")
 _HISTOGRAM_ELEMENTS = 1 << 17
@@ -99,6 +95,7 @@ class MaskLog:
         self.writer = writer
         self.image_every = image_every
         self.image_side = image_side
+        self.history = MaskHistory()
         self._updates = 0
 
     def log_start(
@@ -120,12 +117,11 @@ class MaskLog:
         write_record(self.run_dir, step, masks, live_heads or {}, live_neurons or {}, None)
         if self.writer is None:
             return
-        self._add_mask_images(masks, step)
+        self.history = MaskHistory()
+        self.history.observe(step, masks, live_heads or {}, live_neurons or {}, None)
+        self._add_weights(step)
         if live_heads and dense_heads:
-            blocks = {
-                name: BlockUpdate(live_heads=tuple(live), heads=dense_heads[name]) for name, live in live_heads.items()
-            }
-            self.writer.add_image("heads/live", head_image(blocks), step)
+            self._add_units("heads", self.history.heads, dense_heads, step)
 
     def log_update(
         self,
@@ -151,13 +147,20 @@ class MaskLog:
         self._updates += 1
         if self.writer is None:
             return
-        for tag, value in update_record(update).items():
-            if tag != "step":
+        known = self.history.budget
+        self.history.observe(update.step, masks, live_heads, live_neurons or {}, update)
+        for tag, value in update_record(update, self.history).items():
+            if tag != "step" and not (tag.startswith("budget/") and known == self.history.budget):
                 self.writer.add_scalar(tag, value, update.step)
-        if any(len(block.live_heads) < block.heads for block in update.blocks.values()):
-            self.writer.add_image("heads/live", head_image(update.blocks), update.step)
+        blocks = update.blocks
+        if any(len(block.live_heads) < block.heads for block in blocks.values()):
+            heads = {name: block.heads for name, block in blocks.items()}
+            self._add_units("heads", self.history.heads, heads, update.step)
+        if live_neurons and any(block.live_neurons < block.neurons for block in blocks.values()):
+            neurons = {name: block.neurons for name, block in blocks.items()}
+            self._add_units("neurons", self.history.neurons, neurons, update.step)
         if self._updates % self.image_every == 0:
-            self._add_mask_images(masks, update.step)
+            self._add_weights(update.step)
 
     def log_weights(self, step: int, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         """Histograms of the live weights, ``weights/<layer>``.
@@ -176,21 +179,42 @@ class MaskLog:
     def truncate_after(self, step: int) -> None:
         """Forget records after ``step``, as a run that resumes from there must. See :func:`truncate_timeline`.
 
-        Updates are counted on from those that are left, so that ``image_every`` means the same ones as before.
+        Updates are counted on from those that are left, so that ``image_every`` means the same ones as before, and the
+        ages of weights and units are read from them. Where a record is damaged, ages begin anew: no run should
+        end for its pictures.
         """
         truncate_timeline(self.run_dir, step)
+        if self.writer is not None and (self.run_dir / "masks").is_dir():
+            self.history = MaskHistory()
+            try:
+                for record in read_timeline(self.run_dir):
+                    masks = record.masks()
+                    self.history.observe(record.step, masks, record.live_heads, record.live_neurons, record.update)
+            except CheckpointError:
+                self.history = MaskHistory()
         self._updates = sum(step > 0 for step, _ in _records(self.run_dir / "masks"))
 
-    def _add_mask_images(self, masks: Mapping[str, Tensor], step: int) -> None:
+    def _add_weights(self, step: int) -> None:
         assert self.writer is not None
-        for name, mask in masks.items():
-            self.writer.add_image(f"mask/{name}", mask_image(mask, self.image_side), step)
+        history = self.history
+        for name, born in history.born.items():
+            picture = weights_picture(name, born, history.updates, step, self.image_side)
+            self.writer.add_image(f"masks/evolution/{name}", picture, step)
+
+    def _add_units(
+        self, kind: str, born: Mapping[str, Mapping[int, int]], all_units: Mapping[str, int], step: int
+    ) -> None:
+        assert self.writer is not None
+        self.writer.add_image(f"{kind}/live", units_picture(kind, born, all_units, self.history.updates, step), step)
 
 
-def update_record(update: MaskUpdate) -> dict[str, int | float]:
+def update_record(update: MaskUpdate, history: MaskHistory | None = None) -> dict[str, int | float]:
     """The numbers of one update by TensorBoard tag, and ``step``: a flat record for ``metrics.jsonl``.
 
-    Heads and neurons appear where some are dormant.
+    Heads and neurons appear where some are dormant, densities of layers where they change.
+
+    Args:
+        history: which has seen this update; None leaves out what needs earlier ones.
     """
     record: dict[str, int | float] = {
         "step": update.step,
@@ -200,54 +224,25 @@ def update_record(update: MaskUpdate) -> dict[str, int | float]:
         "update/seconds": update.seconds,
     }
     if update.layers:
-        record["update/churn"] = update.churn
-        record["update/exploration_rate"] = update.exploration_rate
+        record["sparsity/churn"] = update.churn
+        record["sparsity/exploration"] = update.exploration_rate
+        if history is not None:
+            record["sparsity/survival"] = history.survival()
     for name, layer in update.layers.items():
-        record[f"density/{name}"] = layer.density
-        record[f"update/churn/{name}"] = layer.churn
-        record[f"update/threshold/{name}"] = layer.threshold
+        if history is not None and history.density_varies:
+            record[f"weights_by_layer/density/{name}"] = layer.density
+        record[f"weights_by_layer/churn/{name}"] = layer.churn
+        record[f"weights_by_layer/threshold/{name}"] = layer.threshold
     blocks = update.blocks
     if any(len(block.live_heads) < block.heads for block in blocks.values()):
         explored = sum(block.explored_heads for block in blocks.values())
-        record["heads/exploration_rate"] = explored / sum(block.heads for block in blocks.values())
+        record["heads/exploration"] = explored / sum(block.heads for block in blocks.values())
         record |= {f"heads/swapped/{name}": len(block.heads_added) for name, block in blocks.items()}
     if any(block.live_neurons < block.neurons for block in blocks.values()):
         explored = sum(block.explored_neurons for block in blocks.values())
-        record["neurons/exploration_rate"] = explored / sum(block.neurons for block in blocks.values())
+        record["neurons/exploration"] = explored / sum(block.neurons for block in blocks.values())
         record |= {f"neurons/swapped/{name}": len(block.neurons_added) for name, block in blocks.items()}
     return record
-
-
-def mask_image(mask: Tensor, side: int = 256) -> Tensor:
-    """A mask as a picture ``[3, H, W]`` in [0, 1]: the brighter, the more of the elements under a pixel are live.
-
-    Tensors of more than two dimensions are shown as ``[shape[0], rest]``. A large mask is reduced by the mean over
-    square areas so that neither side exceeds ``side``; a small one is enlarged, at most to ``side``.
-    """
-    rows = mask.reshape(mask.shape[0] if mask.ndim > 1 else 1, -1)
-    longest = max(rows.shape)
-    area = math.ceil(longest / side)
-    share = F.avg_pool2d(rows[None, None].float(), area, ceil_mode=True)[0, 0]
-    scale = max(1, side // max(share.shape))
-    share = share.repeat_interleave(scale, 0).repeat_interleave(scale, 1).cpu()
-    dead, live = (torch.tensor(colour)[:, None, None] for colour in (DEAD, LIVE))
-    return dead + (live - dead) * share
-
-
-def head_image(blocks: Mapping[str, BlockUpdate], cell: int = 20) -> Tensor:
-    """Blocks by heads as a picture ``[3, blocks * cell, heads * cell]`` in [0, 1].
-
-    Dark is dormant, blue is live, orange came with this update. Where blocks differ in heads, black fills the rest.
-    """
-    heads = max(block.heads for block in blocks.values())
-    image = torch.zeros(3, len(blocks) * cell, heads * cell)
-    for row, block in enumerate(blocks.values()):
-        for head in range(block.heads):
-            added = head in block.heads_added
-            colour = ADDED if added else LIVE if head in block.live_heads else DEAD
-            inner = image[:, row * cell + 1 : (row + 1) * cell - 1, head * cell + 1 : (head + 1) * cell - 1]
-            inner[:] = torch.tensor(colour)[:, None, None]
-    return image
 
 
 def record_path(run_dir: str | os.PathLike[str], step: int) -> Path:

@@ -323,7 +323,7 @@ def test_steps_that_are_dropped_make_no_two_records_of_one_step(tmp_path: Path) 
     assert loop.trainer.bad_steps == 1
     assert [record["step"] for record in read_metrics(loop.folder.metrics)] == [*range(9)]
     assert [record.step for record in read_timeline(loop.folder.path)] == [0, 4, 7]
-    assert [step for step, _ in read_events(loop.folder.tensorboard)["update/churn"]] == [4, 7]
+    assert [step for step, _ in read_events(loop.folder.tensorboard)["sparsity/churn"]] == [4, 7]
 
 
 def test_bad_steps_are_counted_on(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_pictures_of_every_nth_update_are_those_of_the_run(tmp_path: Path) -> No
             self.steps: list[int] = []
 
         def add_image(self, tag: str, image: Tensor, step: int) -> None:
-            if tag == "mask/fc1.weight":
+            if tag == "masks/evolution/fc1.weight":
                 self.steps.append(step)
 
         def add_scalar(self, *_: Any) -> None:

@@ -58,6 +58,9 @@ FLOORS = {
         "files.sparse_info": 8,
         "files.rebuild": 9,
         "files.checkpoint": 10,
+        "mask_history": 2,
+        "mask_pictures": 3,
+        "overview": 4,
         "mask_log": 11,
     },
 }

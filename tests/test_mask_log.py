@@ -12,12 +12,7 @@ from torch import Tensor, nn
 from sparse_trainer.budget import Budget
 from sparse_trainer.files.tensor_file import CheckpointError, write_tensors
 from sparse_trainer.mask_log import (
-    ADDED,
-    DEAD,
-    LIVE,
     MaskLog,
-    head_image,
-    mask_image,
     read_timeline,
     record_path,
     truncate_timeline,
@@ -74,23 +69,21 @@ def test_the_flat_record() -> None:
         "budget/total_parameters": 90,
         "update/drop_fraction": 0.25,
         "update/seconds": 0.125,
-        "update/churn": 8 / 40,
-        "update/exploration_rate": 54 / 90,
-        "density/fc1.weight": 20 / 42,
-        "density/conv.weight": 20 / 48,
-        "update/churn/fc1.weight": 6 / 20,
-        "update/churn/conv.weight": 2 / 20,
-        "update/threshold/fc1.weight": 0.5,
-        "update/threshold/conv.weight": 0.0,
-        "heads/exploration_rate": 5 / 7,
+        "sparsity/churn": 8 / 40,
+        "sparsity/exploration": 54 / 90,
+        "weights_by_layer/churn/fc1.weight": 6 / 20,
+        "weights_by_layer/churn/conv.weight": 2 / 20,
+        "weights_by_layer/threshold/fc1.weight": 0.5,
+        "weights_by_layer/threshold/conv.weight": 0.0,
+        "heads/exploration": 5 / 7,
         "heads/swapped/blocks.0": 1,
         "heads/swapped/blocks.1": 0,
-        "neurons/exploration_rate": 12 / 20,
+        "neurons/exploration": 12 / 20,
         "neurons/swapped/blocks.0": 2,
         "neurons/swapped/blocks.1": 0,
     }
     unstructured = update_record(MaskUpdate(step=1, drop_fraction=0.1, budget=Budget(1, 2), seconds=0.0))
-    assert not [tag for tag in unstructured if tag.startswith(("heads", "neurons", "update/churn"))]
+    assert not [tag for tag in unstructured if tag.startswith(("heads", "neurons", "sparsity"))]
 
 
 def test_a_report_survives_json() -> None:
@@ -186,49 +179,6 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
         MaskLog(tmp_path, writer=None).log_start({})
 
 
-def brightness(image: Tensor) -> Tensor:
-    """How far each pixel is from DEAD (0) to LIVE (1), read from the green channel."""
-    return (image[1] - DEAD[1]) / (LIVE[1] - DEAD[1])
-
-
-def test_a_small_mask_is_enlarged() -> None:
-    mask = torch.tensor([[True, False, True], [False, False, True]])
-    image = mask_image(mask, side=7)
-    assert image.shape == (3, 4, 6)
-    expected = mask.float().repeat_interleave(2, 0).repeat_interleave(2, 1)
-    assert torch.allclose(brightness(image), expected, atol=1e-6)
-
-
-def test_a_large_mask_is_reduced_by_the_mean_over_areas() -> None:
-    mask = torch.zeros(4, 8, dtype=torch.bool)
-    mask[:2, :2] = True  # all of the first area of 2 x 2
-    mask[2, 2] = True  # a quarter of one in the second row
-    image = mask_image(mask, side=4)
-    assert image.shape == (3, 2, 4)
-    expected = torch.tensor([[1, 0, 0, 0], [0, 0.25, 0, 0]])
-    assert torch.allclose(brightness(image), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(1000, 3), (3, 1000), (257, 257), (4, 3, 16, 16), (5,), (1, 1)])
-def test_images_stay_within_bounds(shape: tuple[int, ...]) -> None:
-    image = mask_image(torch.ones(shape, dtype=torch.bool), side=64)
-    assert image.ndim == 3
-    assert max(image.shape[1:]) <= 64
-    assert torch.allclose(brightness(image), torch.ones(image.shape[1:]), atol=1e-6), "dense stays dense at borders"
-
-
-def test_head_image() -> None:
-    image = head_image(make_update(1).blocks, cell=10)
-    assert image.shape == (3, 20, 40)
-    middles = image[:, 5::10, 5::10]
-
-    def colours(row: int) -> list[tuple[float, ...]]:
-        return [tuple(round(float(v), 2) for v in middles[:, row, head]) for head in range(4)]
-
-    assert colours(0) == [LIVE, DEAD, ADDED, DEAD]
-    assert colours(1) == [LIVE, LIVE, DEAD, (0, 0, 0)]
-
-
 def test_tensorboard_reads_the_tags_back(tmp_path: Path) -> None:
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -249,14 +199,19 @@ def test_tensorboard_reads_the_tags_back(tmp_path: Path) -> None:
     events = EventAccumulator(str(folder), size_guidance={"images": 0})
     events.Reload()
     expected = {tag: value for tag, value in update_record(make_update(0)).items() if tag != "step"}
-    assert set(events.Tags()["scalars"]) == set(expected)
+    assert set(events.Tags()["scalars"]) == {*expected, "sparsity/survival"}, "densities of layers do not change"
     for tag, value in expected.items():
         scalars = events.Scalars(tag)
-        assert [scalar.step for scalar in scalars] == [100, 200, 300]
+        steps = [100] if tag.startswith("budget/") else [100, 200, 300]
+        assert [scalar.step for scalar in scalars] == steps, "a budget that stays is said once"
         assert scalars[0].value == pytest.approx(value)
-    assert set(events.Tags()["images"]) == {"heads/live", "mask/fc1.weight", "mask/conv.weight"}
+    first, last = (make_masks(step) for step in (0, 100))
+    stayed = sum(int((first[name] & last[name]).sum()) for name in SHAPES)
+    assert events.Scalars("sparsity/survival")[0].value == pytest.approx(stayed / 40)
+    names = {f"masks/evolution/{name}" for name in SHAPES}
+    assert set(events.Tags()["images"]) == {"heads/live", *names}
     assert [image.step for image in events.Images("heads/live")] == [0, 100, 200, 300]
-    assert [image.step for image in events.Images("mask/fc1.weight")] == [0, 200], "every second update"
+    assert [image.step for image in events.Images("masks/evolution/fc1.weight")] == [0, 200], "every second update"
     assert set(events.Tags()["histograms"]) == {"weights/fc1.weight", "weights/conv.weight"}
     assert events.Histograms("weights/fc1.weight")[0].histogram_value.num == 20, "live weights only"
 

@@ -63,8 +63,8 @@ def test_the_commands_of_the_quick_start(
     assert "tensorboard --logdir runs" in TEXT
     events = EventAccumulator(str(tmp_path / "runs" / "quickstart" / "tensorboard"), {"images": 0}).Reload()
     scalars = set(events.Tags()["scalars"])
-    assert {"budget/live_parameters", "update/exploration_rate", "update/seconds", "eval/top1"} <= scalars
-    assert "heads/live" in events.Tags()["images"]
+    assert {"budget/live_parameters", "sparsity/exploration", "update/seconds", "eval/top1"} <= scalars
+    assert {"Overview", "heads/live", "neurons/live"} <= set(events.Tags()["images"])
 
 
 def test_the_other_commands_are_understood(

@@ -128,7 +128,7 @@ def test_a_whole_run_leaves_what_it_promises(tmp_path: Path) -> None:
     assert steps == sorted(set(steps))
     by_step = {record["step"]: record for record in records}
     assert by_step[0]["budget/live_parameters"] == trainer.budget.live == round(0.5 * trainer.budget.total)
-    assert [step for step in steps if "update/churn" in by_step[step]] == [3, 6, 10, 13]
+    assert [step for step in steps if "sparsity/churn" in by_step[step]] == [3, 6, 10, 13]
     assert [step for step in steps if "eval/ema_top1" in by_step[step]] == [10, 20]
     assert by_step[3].keys() >= {"train/loss", "train/lr", "train/grad_norm", "train/images_per_second", "budget/macs"}
     assert by_step[20]["train/bad_steps"] == 0

@@ -23,6 +23,8 @@ from torch.utils.tensorboard.summary import hparams
 from torch.utils.tensorboard.writer import FileWriter
 
 FILE_VERSION = "brain.Event:2"
+MOST_POINTS = 2048
+"""Of a curve that is remembered; then every second one is forgotten."""
 
 
 class WholeRecords:
@@ -147,7 +149,28 @@ class MetricsWriter(SummaryWriter):
     ) -> None:
         self._lines = WholeRecords(metrics, size)
         self.line: dict[str, float] = dict(line or {})
+        #: Numbers so far, by tag: (step, value), thinned where they are many.
+        self.series: dict[str, list[tuple[int, float]]] = {}
+        self._remember_file(metrics)
         super().__init__(str(events), purge_step=purge_step)
+
+    def _remember_file(self, metrics: Path) -> None:
+        """What earlier processes wrote, in whole lines."""
+        for text in metrics.read_bytes().splitlines():
+            with contextlib.suppress(ValueError, KeyError, AttributeError):
+                record = json.loads(text)
+                for tag, value in record.items():
+                    self._remember(tag, record["step"], value)
+        for tag, value in self.line.items():
+            self._remember(tag, int(self.line["step"]), value)
+
+    def _remember(self, tag: str, step: int, value: float | None) -> None:
+        if tag == "step" or value is None or not math.isfinite(value):
+            return
+        points = self.series.setdefault(tag, [])
+        points.append((step, value))
+        if len(points) > MOST_POINTS:
+            del points[1::2]
 
     @property
     def missing(self) -> int:
@@ -175,6 +198,7 @@ class MetricsWriter(SummaryWriter):
             self.end_line()
         number = float(scalar_value)
         super().add_scalar(tag, number, global_step, *args, **kwargs)
+        self._remember(tag, global_step, number)
         self.line.setdefault("step", global_step)
         self.line[tag] = int(number) if number.is_integer() else number
 

@@ -7,17 +7,34 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from experiments.config.reading import flatten
+from experiments.config.reading import flatten, to_yaml
 from experiments.evaluation.measuring import Measured
 from experiments.evaluation.token_overlay import draw, examples
 from experiments.run_folder.folder import RunFolder
 from experiments.run_folder.metrics_writer import MetricsWriter
 from experiments.training.trainer import Trainer
 from sparse_trainer.mask_log import MaskLog
+from sparse_trainer.overview import overview
 from sparse_trainer.report import MaskUpdate
 
 EXAMPLES = 10
 """Images in the picture of dropped patches."""
+PANELS = {
+    "top-1, %": {"weights": "eval/top1", "average": "eval/ema_top1"},
+    "loss": {"training": "train/loss", "evaluation": "eval/loss"},
+    "MACs, share of dense": {"live": "macs/share"},
+    "patches kept": {},
+}
+"""Curves of the overview, by panel and name, with their tags; patches have a curve for each stage."""
+LAYOUT = {
+    "run": {
+        "accuracy": ["Multiline", ["eval/top1", "eval/ema_top1"]],
+        "loss": ["Multiline", ["train/loss", "eval/loss"]],
+        "masks": ["Multiline", ["sparsity/exploration", "sparsity/survival", "sparsity/churn"]],
+        "MACs, share of dense": ["Multiline", ["macs/share"]],
+    }
+}
+"""The charts of TensorBoard's page of custom scalars."""
 
 
 class Journal:
@@ -41,6 +58,7 @@ class Journal:
         self.mask_log = MaskLog(folder.path, self.writer)
         self.mask_log.truncate_after(first - 1)
         self._examples: Tensor | None = None  # the images of tokens/overlay
+        self._all_heads: dict[str, int] = {}
 
     def begin(self) -> None:
         """The state before the first step; the line stays open for an evaluation of it."""
@@ -53,12 +71,39 @@ class Journal:
                 dense_heads=sparsity.dense_heads,
                 step=trainer.tried,
             )
+        self.writer.add_custom_scalars(LAYOUT)
+        self.writer.add_text("configuration", f"<pre>{to_yaml(trainer.config)}</pre>", trainer.tried)
         numbers = {
             "budget/live_parameters": trainer.budget.live,
             "budget/total_parameters": trainer.budget.total,
-            "budget/macs": trainer.count().live_macs,
         }
         self.writer.add_numbers(numbers, trainer.tried)
+        self._add_macs()
+
+    def _add_macs(self) -> None:
+        macs = self.trainer.count().live_macs
+        numbers = {"budget/macs": macs, "macs/share": macs / self.trainer.dense_macs}
+        self.writer.add_numbers(numbers, self.trainer.tried)
+
+    def _add_overview(self) -> None:
+        """The picture that comes first in TensorBoard: its tag has a capital, and they stand before small letters."""
+        trainer, history, series = self.trainer, self.mask_log.history, self.writer.series
+        if not history.moments or trainer.sparsity is None:
+            return
+        panels = {title: {name: series.get(tag, ()) for name, tag in lines.items()} for title, lines in PANELS.items()}
+        panels["patches kept"] = {
+            f"block {tag.rpartition('/')[2]}": points
+            for tag, points in series.items()
+            if tag.startswith("eval/tokens_kept/")
+        }
+        facts = (
+            f"{trainer.config.model.name}, step {trainer.tried:,} of {trainer.plan.total_steps:,}: {trainer.budget} "
+            f"prunable weights live"
+        )
+        dense = trainer.sparsity.dense_heads
+        dormant = any(len(live) < dense[block] for block, live in (trainer.sparsity.live_heads or {}).items())
+        picture = overview(history, panels, facts, dense if dormant else {})
+        self.writer.add_image("Overview", picture, trainer.tried)
 
     def add_update(self, update: MaskUpdate) -> None:
         """What an update of the masks did, in this step."""
@@ -70,7 +115,8 @@ class Journal:
             live_heads=sparsity.live_heads,
             live_neurons=sparsity.live_neurons,
         )
-        self.writer.add_scalar("budget/macs", trainer.count().live_macs, trainer.tried)
+        self._add_macs()
+        self._add_overview()
 
     def add_evaluation(self, measured: Measured) -> None:
         """What an evaluation found, after this step."""
@@ -84,7 +130,7 @@ class Journal:
     def _show_tokens(self, measured: Measured) -> None:
         """What was kept at an evaluation: how it differs between images, and where in the images it lies."""
         trainer, step = self.trainer, self.trainer.tried
-        self.writer.add_scalar("budget/macs", trainer.count().live_macs, step)
+        self._add_macs()
         if measured.kept is not None:
             for stage, counts in zip(trainer.stages, measured.kept.unbind(dim=1), strict=True):
                 self.writer.add_histogram(f"tokens/kept_per_image/{stage}", counts.cpu(), step)

@@ -168,8 +168,8 @@ def _show_plan(
         rows.append(
             (
                 "heads, neurons",
-                f"{plan.head_density:.3f} and {plan.neuron_density:.3f} of each block stay, the best by their effect "
-                f"on the loss: {plan.units_macs:.1%} of the MACs",
+                f"{plan.head_density:.3f} and {plan.neuron_density:.3f} of all stay, the best of all blocks by their "
+                f"effect on the loss: {plan.units_macs:.1%} of the MACs",
             )
         )
     if plan.macs_target is not None:

@@ -74,6 +74,7 @@ class Plan:
             sparsity = {"density": self.density, "start": "score"}
             if structured:
                 sparsity |= {"head_density": self.head_density, "neuron_density": self.neuron_density}
+                sparsity |= {"unit_distribution": "by_score"}
             if self.density is None:
                 # The best by score go on from the first step; to swap them costs what they have learned.
                 sparsity |= {"updates": 0}

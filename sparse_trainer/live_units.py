@@ -24,6 +24,7 @@ class Swap:
     slots: tuple[int, ...]
     removed: tuple[int, ...]
     added: tuple[int, ...]
+    writing: tuple[int, ...] = ()  #: slots of those that write at once as they did; the others begin with 0
 
 
 class LiveUnits:

@@ -58,7 +58,7 @@ class SparsityConfig:
     block keeps with unit_distribution: by_score."""
     swap: str = "explore"
     """Units: always replace the share that is due; only if_better, where the estimated gain is greater; or explore: try
-    each unit once, and after that take one back only if it is better."""
+    each unit once, and after that take one back only if it is better; one that is writes again what it wrote."""
     probation: int = 2
     """Updates for which a unit that came stays, to learn before it is judged, and one that left stays out; 0 judges all
     at every update (S2ViTE)."""

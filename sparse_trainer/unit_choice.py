@@ -72,6 +72,7 @@ def choose(
         tuple(slot for slot, _ in pairs),
         tuple(units.live[slot] for slot, _ in pairs),
         tuple(units.dormant[place] for _, place in pairs),
+        tuple(slot for slot, place in pairs if swap == "explore" and gain[place] > cost[slot]),
     )
 
 

@@ -1,7 +1,8 @@
 """A swap done: one unit's slot becomes another's, in every tensor that knows of it.
 
 A unit enters with its input side as it is and its output side 0, so growth does not change the function, and the unit
-can learn from its first step.
+can learn from its first step. One that is taken back because its output lowers the loss enters with it: from 0 it would
+have to learn again what it is known to be good for, and be judged before it has.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def exchange(
         coming = part.units(store)[places].clone()
         part.units(store)[places] = leaving.to(store.dtype)
         if part in group.outputs:
-            coming.zero_()
+            coming[torch.tensor([slot not in swap.writing for slot in swap.slots])] = 0
         if part.name in masks:
             coming.mul_(part.units(masks[part.name])[slots])
         part.units(parameter.data)[slots] = coming

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from experiments.trials import damaged_heads
 from sparse_trainer import SparsityConfig, SparsityScheduler
 from sparse_trainer.live_units import LiveUnits, Swap
+from sparse_trainer.optimizer_state import Optimizers
 from sparse_trainer.unit_choice import choose, spread_by_score
+from sparse_trainer.unit_exchange import exchange
 from sparse_trainer.unit_scores import Scores
-from sparse_trainer.units import find_blocks
+from sparse_trainer.units import find_blocks, keep
 from tests.test_scheduler import assert_invariants
 
 Factory = Callable[..., nn.Module]
@@ -41,12 +43,30 @@ def test_which_units_are_chosen() -> None:
     assert pick(units, size, gain, 2, "always") == Swap((1, 2), (1, 2), (3, 4))
     assert pick(units, size, gain, 2, "if_better") == Swap((1,), (1,), (3,))  # .5 > .1, but .15 < .2
     # 4 gains .12 > .1. 5 gains too little, but was never tried, and of those 3 changes more.
-    assert pick(units, size, gain, 1, "explore") == Swap((1,), (1,), (4,))
-    assert pick(units, size, gain, 2, "explore") == Swap((1, 2), (1, 2), (4, 3))
+    assert pick(units, size, gain, 1, "explore") == Swap((1,), (1,), (4,), (1,))
+    assert pick(units, size, gain, 2, "explore") == Swap((1, 2), (1, 2), (4, 3), (1,))
     units.tried.update([3, 4, 5])
-    assert pick(units, size, gain, 2, "explore") == Swap((1,), (1,), (4,))
+    assert pick(units, size, gain, 2, "explore") == Swap((1,), (1,), (4,), (1,))
     gain[4] = 0.09
     assert pick(units, size, gain, 2, "explore") == Swap((), (), ())
+
+
+def test_what_is_taken_back_writes_as_it_did_and_what_is_tried_begins_with_nothing() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("deit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=12, depth=1, num_heads=6)
+    group = find_blocks(model)["blocks.0"].heads
+    units = LiveUnits(model, group, [0, 1, 2])
+    keep(model, group, [0, 1, 2])
+    parameters, stored = dict(model.named_parameters()), copy.deepcopy(units.candidates)
+    swap = Swap((0, 2), (0, 2), (5, 3), (2,))
+    exchange(units, swap, parameters, optimizer=Optimizers([]), ema={}, masks={}, seed_moments=False)
+    (written,) = group.outputs
+    now, before = written.units(parameters[written.name].detach()), written.units(stored[written.name])
+    assert units.live == [5, 1, 3]
+    assert (now[0] == 0).all()
+    assert torch.equal(now[2], before[0])  # 3 was the first candidate
+    for part in group.inputs:
+        assert torch.equal(part.units(parameters[part.name].detach())[0], part.units(stored[part.name])[2])
 
 
 def test_probation_keeps_who_came_and_who_left() -> None:

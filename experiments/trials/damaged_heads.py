@@ -38,8 +38,6 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "always": {"swap": "always", "probation": 0},
     "if_better": {"swap": "if_better", "probation": 0},
     "explore": {"swap": "explore", "probation": 2},
-    "explore, probation 1": {"swap": "explore", "probation": 1},
-    "explore, probation 0": {"swap": "explore", "probation": 0},
 }
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from experiments.__main__ import commands, main
-from experiments.config.reading import load_config
+from experiments.commands.train_help import MATTER
+from experiments.config.reading import RECORDS, load_config
 from experiments.run_folder.folder import RunFolder
 from models.selector_config import SelectorConfig
 from sparse_trainer import SparsityConfig
@@ -222,9 +223,27 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"train", "evaluate"} <= set(commands())
     assert all(f"  {name}" in out for name in commands())
     assert main([]) == 2
-    with pytest.raises(SystemExit) as end:
-        main(["train", "--help"])
-    assert end.value.code == 0
+    capsys.readouterr()
+    assert main(["train", "--help"]) == 0
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) <= 30
+    assert all(option in short for option, _ in MATTER)
+    for option, _ in MATTER:
+        section, _, setting = option.removeprefix("--").partition(".")
+        assert not setting or setting in {field.name for field in fields(RECORDS[section])}
+    assert main(["train", "--help", "all"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     for section, record in (("sparsity", SparsityConfig), ("selector", SelectorConfig)):
         assert all(f"--{section}.{field.name}: " in out for field in fields(record))
+
+
+@pytest.mark.parametrize("section", RECORDS)
+def test_help_on_a_section_has_all_its_settings(section: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help", section]) == 0
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert lines == [f"--{section}.{field.name}" for field in fields(RECORDS[section])]
+
+
+def test_help_on_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help", "weather"]) == 2
+    assert "there is no section 'weather'; there are model, data," in last_line(capsys)

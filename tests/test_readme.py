@@ -13,7 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from experiments.__main__ import main
+from experiments.commands.shrink import RECIPE, create_options
 from experiments.commands.train_request import read_command_line
+from experiments.config.reading import create_parser, find_config, parse
 from experiments.grids.report import to_markdown
 from experiments.grids.speed_picture import points_of
 from sparse_trainer import read_info
@@ -79,12 +81,12 @@ def test_the_other_commands_are_understood(
     assert "data/imagenet" in capsys.readouterr().err
 
 
-def test_a_trained_network_is_where_training_starts() -> None:
-    words = next(words for words in commands() if "--model.start" in words)
-    config, _ = read_command_line(words[1:])
-    assert config.model.start == "vit.safetensors"
-    assert config.sparsity is not None
-    assert config.sparsity.start == "score"
+def test_shrink_takes_the_options_of_the_readme() -> None:
+    (words,) = [words for words in commands() if words[0] == "shrink"]
+    options, rest = create_options().parse_known_args(words[2:])
+    assert options.macs == 0.5
+    config, _ = parse(create_parser("shrink"), rest, base=find_config(RECIPE))
+    assert (config.data.dataset, config.data.root) == ("folder", "photos")
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *DOCS], ids=lambda page: page.name)

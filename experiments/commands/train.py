@@ -8,12 +8,14 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from experiments.commands.train_help import HELP, help_text, topic_of
 from experiments.commands.train_request import Request, origin_of
 from experiments.config.reading import load_config, naming, to_yaml
 from experiments.config.run_config import RunConfig
@@ -26,7 +28,7 @@ from experiments.processes.signals import StoppedAtOnce, StopRequest, exit_code,
 from experiments.run_folder.folder import RunFolder, create_run_folder
 from experiments.run_folder.lock import RunLock
 from experiments.run_folder.random_states import deterministic_algorithms
-from experiments.terminal import FAILED, WRONG, Display, create_console, print_table
+from experiments.terminal import FAILED, WRONG, Display, create_console, print_table, run_command
 from experiments.training.continuation import describe_changes, start_from
 from experiments.training.loop import Loop, Stopped, describe
 from experiments.training.trainer import Trainer, TrainingError
@@ -40,6 +42,8 @@ ALONE_NOW = "another process has ended, and this one cannot go on without it; if
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
+    if set(HELP) & set(arguments):
+        return run_command("train", partial(_help, arguments))
     with stop_on_signals() as stop:
         try:
             request = Request(arguments)
@@ -51,6 +55,11 @@ def main(arguments: Sequence[str]) -> int:
             if os.environ.get("RANK", "0") == "0":
                 print(f"sparse-trainer train: {stopped}{stopped.hint}", file=sys.stderr)
             return exit_code(stopped.number)
+
+
+def _help(arguments: Sequence[str]) -> int:
+    print(help_text(topic_of(arguments)))
+    return 0
 
 
 def _run(request: Request, processes: Processes, stop: StopRequest) -> int:

@@ -53,7 +53,7 @@ def naming(section: str) -> Iterator[None]:
 
 def _with_section(section: str, message: str) -> str:
     """Put ``section.`` before every key that a record's problems begin with."""
-    names = _leaves(_RECORDS[section]) if section in _RECORDS else {}
+    names = _leaves(RECORDS[section]) if section in RECORDS else {}
     problems = []
     for line in message.split("\n"):
         if not line.strip():
@@ -66,7 +66,7 @@ def _with_section(section: str, message: str) -> str:
     return text if re.match(rf"{section}\b", text) else f"{section}: {text}"
 
 
-_RECORDS: dict[str, type] = {
+RECORDS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "sparsity": SparsityConfig,
@@ -148,7 +148,7 @@ def create_parser(command: str) -> ArgumentParser:
 def explain_options(parser: ArgumentParser) -> None:
     """Give every dotted option the text that stands under its field."""
     texts = field_docs(RunConfig)
-    for section, record in _RECORDS.items():
+    for section, record in RECORDS.items():
         texts |= {f"{section}.{name}": text for name, text in field_docs(record).items()}
     # The parser lists no options of a section that may be null.
     for section, null in (("sparsity", "null trains the dense network."), ("selector", "null looks at all tokens.")):
@@ -261,7 +261,7 @@ def build(values: Mapping[str, Any]) -> RunConfig:
     """
     sections: dict[str, Any] = {"recipe": values.get("recipe") or ""}
     problems = []
-    for section, record in _RECORDS.items():
+    for section, record in RECORDS.items():
         if section not in values:
             continue
         given = values[section]
@@ -322,7 +322,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         )
     if not isinstance(content, dict):
         raise ConfigError(f"--config: {path} holds {type(content).__name__}, not sections such as model and training")
-    for section, record in _RECORDS.items():
+    for section, record in RECORDS.items():
         value = content.get(section, {})
         if not isinstance(value, dict) and not (value is None and section in ("sparsity", "selector")):
             keys = ", ".join(item.name for item in dataclasses.fields(record))
@@ -348,7 +348,7 @@ def explain(
     parser: ArgumentParser,
     arguments: Iterable[str],
     contents: Iterable[Mapping[str, Any]] = (),
-    sections: Sequence[str] = ("recipe", *_RECORDS),
+    sections: Sequence[str] = ("recipe", *RECORDS),
 ) -> str:
     """One line for what a parser refused in a command line or in the contents of files.
 
@@ -399,7 +399,7 @@ def _is_known(key: str, leaves: Mapping[str, Any], extra: set[str]) -> bool:
 
 def _unknown_key(key: str, leaves: Mapping[str, Any], options: Sequence[str]) -> str:
     section, _, last = key.rpartition(".")
-    if section in _RECORDS:
+    if section in RECORDS:
         there = [leaf for leaf in leaves if leaf.startswith(f"{section}.")]
         close = difflib.get_close_matches(key, there, n=1, cutoff=0.8)
     else:

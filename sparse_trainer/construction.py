@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from sparse_trainer.budget import count_units
+from sparse_trainer.patterns import patterns_of, read_pattern, whole_blocks
 from sparse_trainer.prunable import Place, describe_left_dense, left_dense, prunable_places
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.units import BlockUnits, find_blocks
@@ -66,7 +67,15 @@ def plan(model: nn.Module, config: SparsityConfig, given: LiveNetwork | None = N
     live = None
     if config.masks_weights:
         live = _live_target(config, sum(map(_numel, shapes.values())), prunable, len(shapes))
-        allocation_of(shapes, live, config.distribution)  # raises where a layer would be left without a weight
+        counts = allocation_of(shapes, live, config.distribution)  # raises where a layer would be left without a weight
+        pattern = read_pattern(config.pattern)
+        patterns = patterns_of(shapes, pattern)
+        odd = [name for name, own in patterns.items() if own != pattern]
+        if len(odd) == len(patterns):
+            raise ValueError(f"pattern: {config.pattern} divides no layer of this model")
+        if odd:
+            notes.append(f"pattern: {config.pattern} does not divide {', '.join(odd[:3])}; single weights there")
+        notes += whole_blocks(counts, {name: _numel(shape) for name, shape in shapes.items()}, patterns)[1]
     return Plan(prunable, live, heads, neurons, tuple(notes))
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparse_trainer.budget import DISTRIBUTIONS
+from sparse_trainer.patterns import read_pattern
 
 GROWTH = ("gradient", "random")
 SWAPS = ("always", "if_better", "explore")
@@ -14,6 +15,7 @@ STARTS = ("random", "score")
 UNIT_DISTRIBUTIONS = ("uniform", "by_score")
 CANDIDATES = ("last", "first")
 UNIT_COUNTS = ("carry", "round_up")
+FIRST_WEIGHTS = ("drawn", "rescaled")
 WEIGHT_MOMENTS = ("zero", "mean", "gradient")
 UNIT_MOMENTS = ("mean", "zero")
 
@@ -30,6 +32,10 @@ class SparsityConfig:
     """Live over all prunable weights of the dense network; null for no weight masks."""
     live_parameters: int | None = None
     """The budget as a whole number of live prunable weights, in place of density."""
+    pattern: str = "1x1"
+    """Which weights live and die together: 1x1 for each by itself; RxC, such as 16x1, for R neighbouring outputs by C
+    neighbouring inputs, which kernels compute fast; n:m, such as 2:4, for n of every m neighbouring inputs. Layers that
+    it does not divide have single weights."""
     distribution: str = "erk"
     """How the budget is spread over the layers: erk, uniform or global."""
     head_density: float = 1.0
@@ -74,6 +80,9 @@ class SparsityConfig:
     unit_distribution: str = "uniform"
     """How live heads and neurons are spread over the blocks: uniform, the same share of each; or by_score (with start:
     score), as many in all, and where they matter most: none below one head and the floor of its neurons."""
+    first_weights: str = "drawn"
+    """Where training starts from random weights: as they were drawn, for a dense layer; or rescaled, multiplied by
+    1 / sqrt(density of the layer), so that a layer passes on as much variance as a dense one."""
     weight_moments: str = "zero"
     """Where the second moments of a grown weight start: at zero, so that it moves fast before it is judged by its
     magnitude; at the mean of the live ones of its tensor; or at the square of the gradient that grew it."""
@@ -155,6 +164,11 @@ class SparsityConfig:
         check("stop_at", "a share in [0, 1]", share(self.stop_at, zero=True))
         check("growth_batches", "a positive whole number of micro-batches", whole(self.growth_batches, 1))
         check("regrow", "true or false", isinstance(self.regrow, bool))
+        check("first_weights", f"one of {', '.join(FIRST_WEIGHTS)}", self.first_weights in FIRST_WEIGHTS)
+        try:
+            read_pattern(str(self.pattern))
+        except ValueError as error:
+            problems.append(f"pattern: {error}")
         check("weight_moments", f"one of {', '.join(WEIGHT_MOMENTS)}", self.weight_moments in WEIGHT_MOMENTS)
         check("unit_moments", f"one of {', '.join(UNIT_MOMENTS)}", self.unit_moments in UNIT_MOMENTS)
         check("seed", "a whole number (0 or more)", whole(self.seed, 0))

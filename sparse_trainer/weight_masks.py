@@ -26,13 +26,11 @@ from sparse_trainer.masks import (
     largest_per_segment,
     pack_bits,
     prune_and_grow,
-    random_mask,
-    replaceable,
-    select_largest,
     unpack_bits,
     zero_dead,
 )
 from sparse_trainer.optimizer_state import Optimizers, carry_over
+from sparse_trainer.patterns import Pattern, patterns_of, read_pattern, whole_blocks
 from sparse_trainer.prunable import matrices
 from sparse_trainer.report import LayerUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
@@ -197,12 +195,17 @@ class WeightMasks:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.growth = GrowthGradient()
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        self.allocation = allocation_of(shapes, live, config.distribution)
+        self.patterns = patterns_of(shapes, read_pattern(config.pattern))
+        counts = allocation_of(shapes, live, config.distribution)
+        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
+        self.allocation, _ = whole_blocks(counts, sizes, self.patterns)
         self.masks = {name: self._first_mask(name) for name in shapes} if masks is None else dict(masks)
         self._ever_live = {name: pack_bits(mask) for name, mask in self.masks.items()}
         self._handles: list[RemovableHandle] = []
         self._collectors: list[RemovableHandle] = []
         self.apply()
+        if masks is None and config.start == "random" and config.first_weights == "rescaled":
+            self._rescale()
 
     @classmethod
     def of_masks(
@@ -216,8 +219,9 @@ class WeightMasks:
             if mask is None:
                 mask = torch.ones(parameter.shape, dtype=torch.bool)
             elif mask.shape != parameter.shape:
-                count = max(1, round(count_live(mask.cpu()) / mask.numel() * parameter.numel()))
-                mask = random_mask(tuple(parameter.shape), count, generator)
+                pattern = patterns_of({name: parameter.shape}, read_pattern(config.pattern))[name]
+                count = round(count_live(mask.cpu()) / mask.numel() * parameter.numel() / pattern.size) * pattern.size
+                mask = pattern.first_mask(parameter.detach(), max(pattern.size, count), generator)
             first[name] = mask.to(parameter.device).clone()
         made = cls(parameters, sum(map(count_live, first.values())), config, masks=first)
         made.allocation = {name: count_live(mask) for name, mask in first.items()}
@@ -226,10 +230,18 @@ class WeightMasks:
     def _first_mask(self, name: str) -> Tensor:
         """As many live elements as were allocated: of greatest magnitude where the weights are trained, else random."""
         parameter, count = self.parameters[name], self.allocation[name]
-        if self.config.start == "score":
-            everything = torch.ones_like(parameter, dtype=torch.bool, memory_format=torch.contiguous_format)
-            return select_largest(parameter.detach().abs().float().contiguous(), everything, count)[0]
-        return random_mask(tuple(parameter.shape), count, self.generator).to(parameter.device)
+        generator = None if self.config.start == "score" else self.generator
+        return self.patterns[name].first_mask(parameter.detach().contiguous(), count, generator)
+
+    @torch.no_grad()
+    def _rescale(self) -> None:
+        """Let each layer pass on the variance of a dense one: its weights were drawn for more inputs than live.
+
+        Sparsity-aware initialisation (Evci et al. 2022, "Gradient flow in sparse neural networks and how lottery
+        tickets win").
+        """
+        for name, parameter in self.parameters.items():
+            parameter.mul_((parameter.numel() / self.allocation[name]) ** 0.5)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -309,8 +321,10 @@ class WeightMasks:
         """
         gradients = self.growth.take() if self.config.grow == "gradient" else {}
         eligible = {name: ~mask for name, mask in frozen.items()}
+        changes: dict[str, MaskChange] = {}
         if self.config.distribution == "global":
-            changes = self._choose_globally(drop_fraction, gradients, eligible)
+            for pattern in dict.fromkeys(self.patterns.values()):  # blocks of a size compete with one another
+                changes |= self._choose_globally(pattern, drop_fraction, gradients, eligible)
 
         def one(name: str) -> LayerUpdate:
             with torch.no_grad():  # which a thread does not inherit
@@ -334,10 +348,11 @@ class WeightMasks:
         """What changes in one layer."""
         parameter, mask = self.parameters[name], self.masks[name]
         score = self._growth_score(name, gradients)
-        count = replaceable(mask, drop_fraction, eligible) if score is not None else 0
         if score is None:
-            score = torch.zeros_like(parameter)
-        return prune_and_grow(parameter, mask, score, count, regrow=self.config.regrow, eligible=eligible)
+            return MaskChange(mask.clone(), torch.zeros_like(mask), torch.zeros_like(mask), 0.0)
+        return self.patterns[name].update(
+            parameter, mask, score, drop_fraction, regrow=self.config.regrow, eligible=eligible
+        )
 
     def _apply(
         self,
@@ -369,33 +384,41 @@ class WeightMasks:
         )
 
     def _choose_globally(
-        self, drop_fraction: float, gradients: Mapping[str, Tensor], eligible: Mapping[str, Tensor]
+        self,
+        pattern: Pattern,
+        drop_fraction: float,
+        gradients: Mapping[str, Tensor],
+        eligible: Mapping[str, Tensor],
     ) -> dict[str, MaskChange]:
-        """One magnitude threshold and one gradient threshold over all layers, none below its floor."""
-        names = list(self.parameters)
-        sizes = [self.parameters[name].numel() for name in names]
-        weight = torch.cat([self.parameters[name].detach().reshape(-1) for name in names])
-        live = torch.cat([self.masks[name].reshape(-1) for name in names])
+        """One magnitude threshold and one gradient threshold over all layers of a pattern, none below its floor."""
+        names = [name for name, own in self.patterns.items() if own == pattern]
+        if pattern.live is not None:  # their budget is fixed group by group
+            return {name: self._choose(name, drop_fraction, gradients, eligible.get(name)) for name in names}
+        weight = torch.cat([pattern.sums(self.parameters[name].detach().abs()).reshape(-1) for name in names])
+        alive = {name: pattern.whole(self.masks[name]) for name in names}
+        live = torch.cat([alive[name].reshape(-1) for name in names])
+        sizes = [alive[name].numel() for name in names]
         scores = [self._growth_score(name, gradients) for name in names]
         score = torch.cat(
             [
-                torch.zeros(n, device=weight.device) if s is None else s.reshape(-1)
+                torch.zeros(n, device=weight.device) if s is None else pattern.sums(s).reshape(-1)
                 for s, n in zip(scores, sizes, strict=True)
             ]
         )
         inside = torch.cat(
             [
-                torch.zeros_like(self.masks[name]).reshape(-1)
+                torch.zeros_like(alive[name]).reshape(-1)
                 if s is None
-                else eligible.get(name, torch.ones_like(self.masks[name])).reshape(-1)
+                else pattern.whole(eligible.get(name, torch.ones_like(self.masks[name]))).reshape(-1)
                 for name, s in zip(names, scores, strict=True)
             ]
         )
         # The strongest weights of each layer, up to its floor, are not up for pruning.
         floors = [
-            min(max(1, int(self.config.floor * self.allocation[name])), count_live(self.masks[name])) for name in names
+            min(max(1, int(self.config.floor * self.allocation[name] / pattern.size)), count_live(alive[name]))
+            for name in names
         ]
-        kept = largest_per_segment(weight.abs().float(), live, sizes, floors)
+        kept = largest_per_segment(weight, live, sizes, floors)
         inside = inside & ~(kept & live)
         count = min(
             round(drop_fraction * count_live(live)),
@@ -403,19 +426,19 @@ class WeightMasks:
             count_live(inside & ~live),
         )
         change = prune_and_grow(weight, live, score, count, regrow=self.config.regrow, eligible=inside)
-        shapes = [self.masks[name].shape for name in names]
         parts = zip(
             names,
-            shapes,
             change.live.split(sizes),
             change.removed.split(sizes),
             change.added.split(sizes),
             strict=True,
         )
-        return {
-            name: MaskChange(after.view(shape), removed.view(shape), added.view(shape), change.threshold)
-            for name, shape, after, removed, added in parts
-        }
+        result = {}
+        for name, *changed in parts:
+            shape, grid = self.masks[name].shape, alive[name].shape
+            after, removed, added = (pattern.expand(mask.view(grid), shape) for mask in changed)
+            result[name] = MaskChange(after, removed, added, change.threshold)
+        return result
 
     def _growth_score(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor | None:
         """What ranks the dead elements of a layer; None where nothing does, so that the layer is left alone.

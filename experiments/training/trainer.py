@@ -108,8 +108,13 @@ class Trainer:
             closure = self._first_losses() if config.sparsity.structured and config.sparsity.start == "score" else None
             with naming("sparsity"), warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
+                # Weights that were trained are as great as they should be.
+                first = "drawn" if config.model.start is not None else config.sparsity.first_weights
                 self.sparsity = SparsityScheduler(
-                    self.model, config.sparsity, total_steps=self.plan.total_steps, closure=closure
+                    self.model,
+                    dataclasses.replace(config.sparsity, first_weights=first),
+                    total_steps=self.plan.total_steps,
+                    closure=closure,
                 )
             self.notes += tuple(str(warning.message) for warning in caught)
             self.model.train()

@@ -218,6 +218,8 @@ def whole_blocks(
             f"pattern: a budget of {total:,} live weights cannot be met with {pattern}; give a density near "
             f"{density:.4f}"
         )
+    if not odd:
+        return {name: result[name] for name in counts}, notes
     wanted = {name: counts[name] - 1 for name in odd}
     if not sum(wanted.values()):
         wanted = {name: sizes[name] for name in odd}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -19,6 +20,12 @@ DORMANT = (23, 26, 36)  #: dead weights and dormant units: near black
 STOPS = ((255, 158, 28), (216, 92, 138), (92, 204, 230))
 """From just come (orange) over half of the run so far (rose) to live since the start (blue)."""
 TEXT, LINE = 13, 17  #: pixels
+
+
+@cache
+def font_of(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font; reading it takes as long as drawing a picture."""
+    return ImageFont.load_default(size)
 
 
 def age_of(born: Tensor, now: int) -> Tensor:
@@ -95,7 +102,7 @@ def framed(
     pixels: Tensor, title: str, under: Sequence[str], labels: Sequence[str] = (), height: int = 0
 ) -> Image.Image:
     """A picture of pixels ``[H, W, 3]`` with its title, the names of its rows, words below it, and the colours' key."""
-    font = ImageFont.load_default(TEXT)
+    font = font_of(TEXT)
     left = 8 + max((int(font.getlength(label)) + 6 for label in labels), default=0)
     tall, wide = pixels.shape[:2]
     words = max(int(font.getlength(text)) for text in (title, *under)) + 16
@@ -114,7 +121,7 @@ def framed(
 
 def draw_key(image: Image.Image, x: int, y: int) -> None:
     """The key of the colours: dead, just come, ... live since the start."""
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(TEXT)
+    pen, font = ImageDraw.Draw(image), font_of(TEXT)
     pen.rectangle((x, y + 1, x + 11, y + 12), DORMANT)
     pen.text((x + 16, y - 1), "dead    just come", INK, font)
     start = x + 24 + int(font.getlength("dead    just come"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from sparse_trainer.mask_history import MaskHistory, Moment
@@ -19,6 +19,7 @@ from sparse_trainer.mask_pictures import (
     age_of,
     colours,
     draw_key,
+    font_of,
     short,
     to_tensor,
 )
@@ -63,8 +64,8 @@ def overview(history: MaskHistory, curves: Mapping[str, Series], facts: str, all
     if lanes:
         heights.append(lanes * lane + len(all_heads) * 3 + 2 * LINE + GAP)
     image = Image.new("RGB", (WIDTH, sum(heights) + LINE + MARGIN), PAPER)
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(TEXT)
-    pen.text((MARGIN, 6), facts, INK, ImageFont.load_default(TEXT + 2))
+    pen, font = ImageDraw.Draw(image), font_of(TEXT)
+    pen.text((MARGIN, 6), facts, INK, font_of(TEXT + 2))
     top = heights[0]
     if shown:
         wide = (WIDTH - MARGIN * 2 - GAP * (len(shown) - 1)) // len(shown)
@@ -122,14 +123,14 @@ def _paste(image: Image.Image, pixels: Tensor, x: int, y: int, wide: int, high: 
 
 def _draw_steps(pen: ImageDraw.ImageDraw, x: int, y: int, wide: int, moments: Sequence[Moment]) -> None:
     """First and last step below a picture whose columns are the updates."""
-    font = ImageFont.load_default(TEXT)
+    font = font_of(TEXT)
     pen.text((x, y), f"step {moments[0].step:,}", PALE, font)
     pen.text((x + wide, y), f"{moments[-1].step:,}, update {len(moments) - 1}", PALE, font, anchor="ra")
 
 
 def _draw_curves(image: Image.Image, x: int, y: int, wide: int, title: str, lines: Series) -> None:
     """Lines on one scale, from the least value to the greatest, with their last values."""
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(TEXT)
+    pen, font = ImageDraw.Draw(image), font_of(TEXT)
     pen.text((x, y), title, INK, font)
     values = [value for line in lines.values() for _, value in line]
     last = max(max(step for step, _ in line) for line in lines.values())

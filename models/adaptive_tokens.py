@@ -45,6 +45,12 @@ class Model(Protocol):
     sheet_rows: tuple[Tensor, int] | None
 
 
+ONE_NUMBER_FOR_ALL = (
+    "thresholds keep another number of patches of each image, so torch.export cannot trace the model; sparse-trainer "
+    "export --format onnx --tokens 140,98,70 fixes the numbers"
+)
+
+
 @dataclass(frozen=True)
 class Tokens:
     """What goes from block to block."""
@@ -73,6 +79,8 @@ def run_with_thresholds(model: Model, selector: ThresholdSelector, x: Tensor, ca
             x = call(block, x)
         return x[:, : model.num_prefix_tokens], Selection(selector.stages, masks, model.num_prefix_tokens)
     x, scores = _run_to_first_stage(model, selector, x, call)
+    if torch.compiler.is_exporting():
+        raise ValueError(ONE_NUMBER_FOR_ALL)
     return _run_on_sheets(model, selector, x, scores, call)
 
 
@@ -91,7 +99,7 @@ def _run_scored(block: Block, x: Tensor, prefix: int) -> tuple[Tensor, Tensor | 
 
 
 # The lengths of a sheet are other ones at every step, and compiled code would be compiled for each.
-@torch.compiler.disable
+@torch.compiler.disable(reason="thresholds keep another number of patches of each image; compile without fullgraph")
 def _run_on_sheets(
     model: Model, selector: ThresholdSelector, x: Tensor, scores: Tensor, call: Call
 ) -> tuple[Tensor, Selection]:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from models import Selection, create_model, tokens_per_block
 from sparse_trainer.unit_scores import gate_scores, probing
 from sparse_trainer.units import find_blocks
+from tests.conftest import TINY
 from tests.masked_reference import masked_training
 from tests.test_sparse_deit import THRESHOLD, VARIANTS, close, images, lively, tiny
 
@@ -195,3 +196,14 @@ def test_heads_and_neurons_are_probed_image_by_image_as_without_sheets() -> None
     for found, expected in zip(*scores, strict=True):
         assert bool((expected.size > 0).all())
         close(found.size, expected.size, 1e-6)
+
+
+def test_what_cannot_be_traced_says_so() -> None:
+    """In our words: torch.export, and torch.compile in one graph."""
+    selector = {"kind": "threshold", "stages": [1]}
+    model = create_model("deit_tiny_patch16_224", selector=selector, **TINY).eval()
+    batch = torch.zeros(2, 1, 16, 16)
+    with pytest.raises(ValueError, match=r"so torch\.export cannot trace the model.*--format onnx --tokens"):
+        torch.export.export(model, (batch,))
+    with pytest.raises(Exception, match="another number of patches of each image; compile without fullgraph"):
+        torch.compile(model, fullgraph=True, backend="eager")(batch)

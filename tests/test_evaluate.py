@@ -49,3 +49,23 @@ def test_without_a_selector_nothing_is_drawn(tmp_path: Path, capsys: pytest.Capt
     capsys.readouterr()
     assert main(["evaluate", str(loop.folder.sparse), "--selection", "random"]) == 2
     assert "--selection: random needs a checkpoint with a token selector" in capsys.readouterr().err
+
+
+def test_kernels_that_skip_dead_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same network, whatever computes it: with the same patches, up to rounding."""
+    changes = {"sparsity": {"density": 0.3}, "selector": THRESHOLD}
+    loop = start(tmp_path / "run", changes, {"training": {"epochs": 1}})
+    loop.folder.config.write_text(to_yaml(loop.trainer.config))
+    run(loop)
+    capsys.readouterr()
+    found = {}
+    for kernels in ("dense", "sparse", "auto"):
+        options = ["--json", "--amp", "float32", "--kernels", kernels]
+        assert main(["evaluate", str(loop.folder.sparse), *options]) == 0
+        found[kernels] = json.loads(capsys.readouterr().out)
+    for kernels in ("sparse", "auto"):
+        assert found[kernels]["loss"] == pytest.approx(found["dense"]["loss"], rel=1e-4)
+        assert found[kernels]["macs"] == pytest.approx(found["dense"]["macs"], rel=1e-2)
+    assert "kernels" not in found["dense"]
+    assert "1x1: " in found["sparse"]["kernels"]
+    assert main(["evaluate", str(loop.folder.sparse), "--kernels", "fast"]) == 2

@@ -33,6 +33,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("name", sorted(SELECTORS))
+def test_other_kernels_see_the_same(runs: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    where = (runs / name / "sparse.safetensors", runs / "images", "--amp=float32")
+    plain, sparse = (predict(capsys, *where, f"--kernels={kernels}") for kernels in ("dense", "sparse"))
+    assert [image["classes"][0]["class"] for image in plain["images"]] == [
+        image["classes"][0]["class"] for image in sparse["images"]
+    ]
+
+
 def predict(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
     capsys.readouterr()
     assert main(["predict", *map(str, arguments), "--json", "--device=cpu", "--amp=float32"]) == 0

@@ -18,6 +18,7 @@ from experiments.evaluation.evaluate_checkpoint import data_of, evaluate
 from experiments.evaluation.measuring import describe_tokens
 from experiments.terminal import create_console, print_table, run_command
 from sparse_trainer.files.checkpoint import read_info
+from sparse_trainer.kernels.accelerate import KERNELS
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -33,6 +34,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         choices=["learned", "random"],
         default="learned",
         help="random: draw as many patches of every image as the selector keeps, to see what its choice is worth",
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=list(KERNELS),
+        default="dense",
+        help="auto: the fastest product for each layer, of those that skip dead weights and the dense one (a CPU needs "
+        "a C++ compiler at the first use); sparse: skip them wherever that can be done",
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_class_arguments(DataConfig, "data", skip={*TRAINING_ONLY, *OF_THE_MODEL})
@@ -98,7 +106,7 @@ def _evaluate(arguments: Sequence[str]) -> int:
     if amp == "auto":
         amp = "bfloat16" if has_bfloat16_matmul(device) else "float32"
     at_random = options.selection == "random"
-    evaluation = evaluate(path, data_config, device=device, amp=amp, at_random=at_random)
+    evaluation = evaluate(path, data_config, device=device, amp=amp, at_random=at_random, kernels=options.kernels)
     measured, macs = evaluation.measured, evaluation.macs
     found = measured.metrics
     numbers: dict[str, Any] = {
@@ -108,6 +116,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
         "total_parameters": info.budget.total,
         "macs": round(macs),
     }
+    if options.kernels != "dense":
+        numbers["kernels"] = evaluation.kernels
     if at_random:
         numbers["selection"] = "random"
     if evaluation.histogram:
@@ -126,6 +136,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
         ("MACs per image", f"{macs / 1e6:,.1f} M live"),
         ("speed", f"{numbers['images_per_second']:,.0f} images/s, {amp} on {device}, data included"),
     ]
+    if options.kernels != "dense":
+        rows.append(("kernels", evaluation.kernels))
     if measured.tokens is not None:
         chosen = "; drawn at random" if at_random else ""
         rows.insert(-1, ("patches kept", describe_tokens(measured.tokens) + chosen))

@@ -21,6 +21,7 @@ from experiments.inspection.pictures import MOST_IMAGES, check_output, save_pict
 from experiments.terminal import create_console, print_table, run_command
 from experiments.training.pretrained import find_checkpoint
 from sparse_trainer.files.checkpoint import read_info
+from sparse_trainer.kernels.accelerate import KERNELS
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -39,6 +40,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=None,
         metavar="FILE",
         help=f"draw the first {MOST_IMAGES} images, the patches dimmed that were not looked at, such as overlay.png",
+    )
+    parser.add_argument(
+        "--kernels",
+        choices=list(KERNELS),
+        default="dense",
+        help="auto: the fastest product for each layer, of those that skip dead weights and the dense one (a CPU needs "
+        "a C++ compiler at the first use); sparse: skip them wherever that can be done",
     )
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
@@ -81,7 +89,15 @@ def _predict(arguments: Sequence[str]) -> int:
         check_output("--overlay", output, path, read_info(path))
         if any(output.exists() and output.samefile(file) for file in files if Path(file).exists()):
             raise ConfigError(f"--overlay: {output} is one of the images; choose another name")
-    found, model = predict(path, files, device=device, amp=amp, batch_size=options.batch_size, keep=MOST_IMAGES)
+    found, model = predict(
+        path,
+        files,
+        device=device,
+        amp=amp,
+        batch_size=options.batch_size,
+        keep=MOST_IMAGES,
+        kernels=options.kernels,
+    )
     if options.overlay is not None:
         info = found.info
         try:

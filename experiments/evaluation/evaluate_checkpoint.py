@@ -20,6 +20,7 @@ from models import create_model
 from models.threshold_selector import ThresholdSelector
 from models.top_k_selector import TopKSelector
 from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, load_sparse, load_sparse_masks, read_info
+from sparse_trainer.kernels.accelerate import accelerate, describe_choices
 
 
 def data_of(checkpoint: Path, info: SparseInfo) -> DataConfig:
@@ -76,10 +77,18 @@ class Evaluation:
     #: By the block before which patches are dropped: how many images kept so many, ``{"4": {"98": 12, ...}}``.
     histogram: dict[str, dict[str, int]]
     summary: tuple[str, str]  #: what images were read, :attr:`EvalData.summary`
+    kernels: str = "dense"
+    """What the layers were computed with."""
 
 
 def evaluate(
-    path: Path, data_config: DataConfig, *, device: torch.device, amp: str, at_random: bool = False
+    path: Path,
+    data_config: DataConfig,
+    *,
+    device: torch.device,
+    amp: str,
+    at_random: bool = False,
+    kernels: str = "dense",
 ) -> Evaluation:
     """Measure a sparse checkpoint.
 
@@ -87,6 +96,7 @@ def evaluate(
         data_config: as :func:`data_of` finds it.
         amp: float32, bfloat16 or float16.
         at_random: draw as many patches as the selector keeps, in place of those it keeps.
+        kernels: dense, auto or sparse (:func:`sparse_trainer.accelerate`).
 
     Raises:
         CheckpointError: the file is damaged, or none, or its network cannot run.
@@ -106,10 +116,15 @@ def evaluate(
             f"data.dataset: {data_config.dataset!r} has {data.num_classes} classes, the checkpoint knows {classes}; "
             "choose the data that it was trained on"
         )
+    fast, chosen = model, "dense"
+    if kernels != "dense":
+        masks = load_sparse_masks(path)
+        fast = accelerate(model, masks, kernels=kernels, dtype=getattr(torch, amp))
+        chosen = describe_choices(fast)
     started = time.perf_counter()
     with naming("data"):
         try:
-            measured = measure(model, data.eval, precision_context(device, amp))
+            measured = measure(fast, data.eval, precision_context(device, amp))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # its parts agree, but they are not those of a network
@@ -124,7 +139,7 @@ def evaluate(
             for stage, counts in zip(measured.tokens.stages, measured.kept.unbind(dim=1), strict=True):
                 kept, images = counts.unique(return_counts=True)
                 histogram[str(stage)] = dict(zip(map(str, kept.tolist()), images.tolist(), strict=True))
-    return Evaluation(info, measured, macs, seconds, histogram, data.summary)
+    return Evaluation(info, measured, macs, seconds, histogram, data.summary, chosen)
 
 
 def _some(names: Sequence[str]) -> str:

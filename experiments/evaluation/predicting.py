@@ -22,7 +22,8 @@ from experiments.errors import ConfigError
 from experiments.evaluation.evaluate_checkpoint import data_of
 from experiments.evaluation.precision import precision_context
 from models import create_model
-from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, load_sparse, read_info
+from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, load_sparse, load_sparse_masks, read_info
+from sparse_trainer.kernels.accelerate import accelerate
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,21 @@ class Reader:
 
 @torch.inference_mode()
 def predict(
-    checkpoint: Path, files: Sequence[str], *, device: torch.device, amp: str, batch_size: int, keep: int = 0
+    checkpoint: Path,
+    files: Sequence[str],
+    *,
+    device: torch.device,
+    amp: str,
+    batch_size: int,
+    keep: int = 0,
+    kernels: str = "dense",
 ) -> tuple[Predictions, Any]:
     """What the checkpoint sees in each file, and its model.
 
     Args:
         amp: float32, bfloat16 or float16.
         keep: so many images are returned, at most a batch.
+        kernels: dense, auto or sparse (:func:`sparse_trainer.accelerate`).
 
     Raises:
         CheckpointError: the file is damaged, or none, or its network cannot run.
@@ -123,6 +132,8 @@ def predict(
     """
     info = read_info(checkpoint)
     model: Any = load_sparse(checkpoint, create_model=create_model, device=device).eval()
+    if kernels != "dense":
+        model = accelerate(model, load_sparse_masks(checkpoint), kernels=kernels, dtype=getattr(torch, amp))
     reader, autocast = Reader(data_of(checkpoint, info), info), precision_context(device, amp)
     skipped: dict[str, str] = {}
     found: list[Prediction] = []

@@ -34,6 +34,31 @@ class InferenceOnly(nn.Module):
             raise RuntimeError(f"no gradient passes here: {FOR_INFERENCE}")
 
 
+class InferenceLinear(InferenceOnly, nn.Linear):
+    """A ``Linear`` to those who look at a model, without parameters. Its matrix is built when somebody asks for it."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.training = False
+
+    def dense_weight(self) -> Tensor:
+        """The dense matrix ``[out, in]``."""
+        raise NotImplementedError
+
+    def dense_bias(self) -> Tensor | None:
+        """The bias ``[out]``, if there is one."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.dense_weight()
+
+    @property
+    def bias(self) -> Tensor | None:  # type: ignore[override]
+        return self.dense_bias()
+
+
 def as_computed(x: Tensor) -> Tensor:
     """The type that autocast asks for; float32 for what has no kernel."""
     if torch.is_autocast_enabled(x.device.type):
@@ -41,7 +66,7 @@ def as_computed(x: Tensor) -> Tensor:
     return x if x.dtype in DTYPES else x.float()
 
 
-class SparseLinear(InferenceOnly):
+class SparseLinear(InferenceLinear):
     """``activation(x W^T + bias)`` over ``[..., in]`` by a kernel that reads live weights alone.
 
     Args:
@@ -49,15 +74,14 @@ class SparseLinear(InferenceOnly):
     """
 
     def __init__(self, library: Library, packed: Packed, activation: str = "none") -> None:
-        super().__init__()
+        super().__init__(packed.inputs, packed.outputs)
         self.library, self.packed, self.activation = library, packed, activation
-        self.in_features, self.out_features = packed.inputs, packed.outputs
-        self.training = False
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense matrix, built at each use: for those who look, not for those who compute."""
+    def dense_weight(self) -> Tensor:
         return unpack(self.packed)
+
+    def dense_bias(self) -> Tensor | None:
+        return None if self.packed.bias is None else self.packed.bias[: self.out_features]
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_no_gradient(x)
@@ -93,19 +117,23 @@ class SparsePatches(InferenceOnly):
         return self.linear(sheet).permute(0, 3, 1, 2)
 
 
-class CompressedRows(InferenceOnly):
+class CompressedRows(InferenceLinear):
     """``x W^T + bias`` by torch's own product of compressed sparse rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight.shape[1], weight.shape[0])
         self.matrix = weight.detach().float().to_sparse_csr()
-        self.bias = None if bias is None else bias.detach().float()
-        self.training = False
+        self.added = None if bias is None else bias.detach().float()
+
+    def dense_weight(self) -> Tensor:
+        return self.matrix.to_dense()
+
+    def dense_bias(self) -> Tensor | None:
+        return self.added
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_no_gradient(x)
         sheet = x.float().reshape(-1, self.in_features)
         y = (self.matrix @ sheet.t()).t()
-        y = y if self.bias is None else y + self.bias
+        y = y if self.added is None else y + self.added
         return y.to(as_computed(x).dtype).view(*x.shape[:-1], self.out_features)

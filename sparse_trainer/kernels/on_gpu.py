@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sparse_trainer.kernels.layers import InferenceOnly
+from sparse_trainer.kernels.layers import InferenceLinear
 
 SIDES = (128, 64, 32)
 """Sides of square blocks that are worth trying."""
@@ -34,36 +34,44 @@ def block_side(mask: Tensor) -> int | None:
     return None
 
 
-class SemiStructured(InferenceOnly):
+class SemiStructured(InferenceLinear):
     """``x W^T + bias`` with a 2:4 weight; float16 or bfloat16 on a GPU with sparse tensor cores."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight.shape[1], weight.shape[0])
         self.matrix = torch.sparse.to_sparse_semi_structured(weight.detach().to(dtype))
-        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.added = None if bias is None else bias.detach().to(dtype)
         self.dtype = dtype
-        self.training = False
+
+    def dense_weight(self) -> Tensor:
+        return self.matrix.to_dense()
+
+    def dense_bias(self) -> Tensor | None:
+        return self.added
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_no_gradient(x)
-        return F.linear(x.to(self.dtype), self.matrix, self.bias)
+        return F.linear(x.to(self.dtype), self.matrix, self.added)
 
 
-class BlockRows(InferenceOnly):
+class BlockRows(InferenceLinear):
     """``x W^T + bias`` with a weight of square blocks, in block-compressed sparse rows."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, side: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight.shape[1], weight.shape[0])
         self.matrix = weight.detach().to(dtype).to_sparse_bsr((side, side))
-        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.added = None if bias is None else bias.detach().to(dtype)
         self.dtype = dtype
-        self.training = False
+
+    def dense_weight(self) -> Tensor:
+        return self.matrix.to_dense()
+
+    def dense_bias(self) -> Tensor | None:
+        return self.added
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_no_gradient(x)
-        return F.linear(x.to(self.dtype), self.matrix, self.bias)
+        return F.linear(x.to(self.dtype), self.matrix, self.added)
 
 
 def candidates(layer: nn.Linear, mask: Tensor, dtype: torch.dtype) -> dict[str, nn.Module]:

@@ -62,7 +62,7 @@ class SparsityConfig:
     floor: float = 0.1
     """Share of its first live weights that a layer always keeps with the global distribution, and of its neurons that a
     block keeps with unit_distribution: by_score."""
-    swap: str = "explore"
+    swap: str = "if_better"
     """Units: always replace the share that is due; only if_better, where the estimated gain is greater; or explore: try
     each unit once, and after that take one back only if it is better; one that is writes again what it wrote."""
     probation: int = 2

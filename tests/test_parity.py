@@ -55,6 +55,8 @@ def test_all_settings_of_the_data_have_a_place() -> None:
     own = {
         "data.subset_seed",
         "data.eval_subset",
+        "data.fit",
+        "data.white_level",
         "data.memory_limit",
         "losses.macs_ramp",
         "losses.macs_weight",

@@ -114,13 +114,13 @@ def test_a_lone_candidate_does_not_go_back_and_forth(swap: str, tiny_deit: Facto
     assert all(several[3] == (swap == "always") for several in swapped.values())
 
 
-def test_by_default_heads_that_were_not_live_come() -> None:
+def test_heads_that_were_not_live_come() -> None:
     """Three blocks as wide as DeiT-S, half of the heads: within 60 steps at least 3 of 9 slots see another head."""
     torch.manual_seed(0)
     model = timm.create_model(
         "deit_small_patch16_224", img_size=32, patch_size=16, depth=3, num_classes=10, drop_path_rate=0.0
     )
-    config = SparsityConfig(head_density=0.5, update_every=5, drop_fraction=0.4)
+    config = SparsityConfig(head_density=0.5, update_every=5, drop_fraction=0.4, swap="explore")
     scheduler = SparsityScheduler(model, config, total_steps=60)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     scheduler.attach(optimizer)

@@ -21,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_trainer.masks import count_dead_nonzero, zero_dead
+from sparse_trainer.kernels.library import Library
+from sparse_trainer.kernels.masking import mask_gradient, masking_library
+from sparse_trainer.masks import count_dead_nonzero, kill_dead, zero_dead
 from sparse_trainer.optimizer_state import Optimizers, moments
 
 FIRST_STEPS = 3
@@ -29,7 +31,6 @@ FIRST_STEPS = 3
 SAMPLED_LAYERS, SAMPLED_WEIGHTS = 4, 64
 LARGE = 1 << 20
 """Elements from which several threads are worth starting."""
-
 Stamp = tuple[int, int]
 
 
@@ -57,10 +58,17 @@ class Enforcement:
         self._found = 0  # dead weights that were not 0, told at the next opportunity
         self._found_on_device: Tensor | None = None
         self._told = False
+        self._library: Library | None = None
+
+    def prepare(self) -> None:
+        """Before gradients come: have the compiled loop ready where it is worth it."""
+        sizes = [parameter.numel() for parameter in self.parameters.values()]
+        if sizes:
+            self._library = masking_library(sum(sizes), next(iter(self.parameters.values())).device)
 
     def gradient_arrived(self, name: str, gradient: Tensor) -> None:
         """Zero what is dead of a gradient that a backward pass has just brought."""
-        zero_dead(gradient, self.masks[name])
+        mask_gradient(gradient, self.masks[name], self._library)
         self._remember_gradient(name, gradient)
 
     def is_clean(self, name: str, gradient: Tensor) -> bool:
@@ -74,7 +82,7 @@ class Enforcement:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and files: what is clean is known of these tensors alone."""
-        return {**self.__dict__, "clean_gradients": {}, "_clean_weights": {}}
+        return {**self.__dict__, "clean_gradients": {}, "_clean_weights": {}, "_library": None}
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -130,7 +138,7 @@ class Enforcement:
         pairs = []
         for name, parameter in self.parameters.items():
             mask = self.masks[name]
-            parameter.masked_fill_(~mask, 0.0)  # a product would leave -0.0 and NaN
+            kill_dead(parameter, mask)
             if parameter.grad is not None:
                 pairs.append((parameter.grad, mask))
             if optimizer is not None:
@@ -168,11 +176,11 @@ class Enforcement:
             found = count_dead_nonzero(parameter, mask)
             if isinstance(found, Tensor):  # on a device, which is not waited for
                 self._found_on_device = found if self._found_on_device is None else self._found_on_device + found
-                parameter.masked_fill_(~mask, 0.0)
+                kill_dead(parameter, mask)
             elif found:
                 if bool(parameter.isfinite().all()):  # else the step itself went wrong, and nobody wrote
                     self._found += found
-                parameter.masked_fill_(~mask, 0.0)
+                kill_dead(parameter, mask)
             if name in self._clean_weights:
                 self._clean_weights[name] = stamp(parameter)
         if self._found:

@@ -115,16 +115,23 @@ def select_smallest(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, f
         selected, threshold = _smallest_on_host(score, among, count)
     else:
         selected, threshold = _smallest_on_device(score, among, count)
-    if threshold >= _OUT:
+    if threshold >= OUT_OF_REACH:
         raise ValueError(f"cannot select {count:,} of {count_live(among):,} finite elements")
     return selected.view(among.shape), threshold
 
 
+def taken_out(score: Tensor, among: Tensor) -> Tensor:
+    """A score, out of reach where ``among`` is False; NumPy's products are several times faster on a CPU."""
+    if score.device.type != "cpu":
+        return torch.where(among, score, OUT_OF_REACH)
+    keyed = np.multiply(~among.numpy(), OUT_OF_REACH, dtype=np.float32)
+    keyed += score.numpy()
+    return torch.from_numpy(keyed)
+
+
 def _smallest_on_host(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, float]:
     """In NumPy, whose partition, comparisons and products use vector instructions: several times faster."""
-    inside = among.reshape(-1).numpy()
-    keyed = np.multiply(~inside, _OUT, dtype=np.float32)  # scores are far below, so this takes an element out
-    keyed += score.reshape(-1).numpy()
+    keyed = taken_out(score.reshape(-1), among.reshape(-1)).numpy()
     threshold = np.partition(keyed, count - 1)[count - 1]
     selected = keyed < threshold
     ties = np.flatnonzero(keyed == threshold)
@@ -133,7 +140,7 @@ def _smallest_on_host(score: Tensor, among: Tensor, count: int) -> tuple[Tensor,
 
 
 def _smallest_on_device(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, float]:
-    keyed = torch.where(among, score, _OUT).reshape(-1)
+    keyed = taken_out(score, among).reshape(-1)
     threshold = keyed.kthvalue(count).values
     selected = keyed < threshold
     ties = (keyed == threshold).nonzero().view(-1)
@@ -166,8 +173,18 @@ def count_dead_nonzero(tensor: Tensor, live: Tensor) -> int | Tensor:
         values = tensor.detach()
         if values.dtype in (torch.bfloat16, torch.float16):
             values = values.float()  # NumPy has no bfloat16
-        return int(np.count_nonzero(values.numpy() * ~live.numpy()))
-    return (tensor.detach() * ~live).count_nonzero()
+        return int(np.count_nonzero(np.greater(values.numpy() != 0, live.numpy())))
+    return ((tensor.detach() != 0) & ~live).count_nonzero()
+
+
+@torch.no_grad()
+def kill_dead(weight: Tensor, live: Tensor) -> None:
+    """Set ``weight`` to exactly +0 where ``live`` is False, in place, whatever it was: -1, NaN, infinity.
+
+    A product of floats would leave -0 and NaN. One of the bits, read as integers, does not, and is eight times faster
+    than ``masked_fill_`` on a CPU.
+    """
+    weight.detach().view(_BITS[weight.element_size()]).mul_(live)
 
 
 def zero_dead(tensor: Tensor, live: Tensor) -> None:
@@ -215,5 +232,7 @@ def count_bits(packed: Tensor) -> int:
     return int(_BITS_IN_BYTE[packed.numpy()].sum(dtype=np.int64))
 
 
-_OUT = float(np.float32(1e38))
+OUT_OF_REACH = float(np.float32(1e38))
+"""Scores are far below: added to one, it takes the element out."""
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BITS_IN_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1).astype(np.uint8)

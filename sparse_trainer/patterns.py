@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 
 from sparse_trainer.budget import largest_remainder
-from sparse_trainer.masks import MaskChange, prune_and_grow, random_mask, replaceable, select_largest, select_smallest
+from sparse_trainer.masks import (
+    OUT_OF_REACH,
+    MaskChange,
+    count_live,
+    prune_and_grow,
+    random_mask,
+    replaceable,
+    select_largest,
+    select_smallest,
+    taken_out,
+)
 
 _BLOCK = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})")
 _GROUP = re.compile(r"([1-9]\d?):([1-9]\d?)")
@@ -73,6 +83,12 @@ class Pattern:
         if self.size > 1:
             blocks = blocks.repeat_interleave(self.rows, 0).repeat_interleave(self.columns, 1)
         return blocks.reshape(tuple(shape))
+
+    def fits(self, mask: Tensor) -> bool:
+        """Whether a mask is made of whole blocks, or has exactly n of every m."""
+        if self.live is not None:
+            return bool((mask.reshape(mask.shape[0], -1, self.columns).sum(dim=2) == self.live).all())
+        return self.size == 1 or torch.equal(self.expand(self.whole(mask), mask.shape), mask)
 
     def first_mask(self, weight: Tensor, live: int, generator: torch.Generator | None) -> Tensor:
         """A mask with exactly ``live`` weights: drawn, or the greatest without a generator.
@@ -131,18 +147,38 @@ class Pattern:
     ) -> MaskChange:
         """In each group the weakest live weight may give way to the dead one of greatest score; in the groups whose
         weakest weights are the weakest of all, they do."""
-        inside = torch.ones_like(live) if eligible is None else eligible
-        groups = (live.shape[0], -1, self.columns)
-        magnitude = weight.detach().abs().float().reshape(groups)
-        alive, free = live.reshape(groups), inside.reshape(groups)
-        least, leaving = magnitude.masked_fill(~(alive & free), torch.inf).min(dim=2)
-        greatest, coming = growth_score.float().reshape(groups).masked_fill(alive | ~free, -torch.inf).max(dim=2)
-        possible = least.isfinite() & greatest.isfinite()
-        count = min(round(drop_fraction * int(live.sum())), int(possible.sum()))
-        chosen, threshold = select_smallest(least.nan_to_num(posinf=0.0).contiguous(), possible.contiguous(), count)
-        removed = torch.zeros_like(alive).scatter_(2, leaving[..., None], chosen[..., None]).reshape(live.shape)
-        added = torch.zeros_like(alive).scatter_(2, coming[..., None], chosen[..., None]).reshape(live.shape)
+
+        def members(values: Tensor) -> Tensor:
+            """One row for each place in a group, so that a group is a column: ``[m, groups]``."""
+            return values.reshape(-1, self.columns).t().contiguous()
+
+        def least(score: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
+            """The least score of each group, and where it is first."""
+            keyed = taken_out(score, among)
+            smallest = keyed.amin(dim=0)
+            return smallest, first_of(keyed == smallest)
+
+        alive = members(live)
+        dead = ~alive
+        if eligible is not None:
+            free = members(eligible)
+            alive, dead = alive & free, dead & free
+        magnitude, leaving = least(members(weight.detach().abs().float()), alive)
+        score, coming = least(members(-growth_score.float()), dead)
+        possible = (magnitude < OUT_OF_REACH) & (score < OUT_OF_REACH)
+        count = min(round(drop_fraction * count_live(live)), count_live(possible))
+        chosen, threshold = select_smallest(magnitude, possible, count)
+        removed, added = ((where & chosen).t().reshape(live.shape) for where in (leaving, coming))
         return MaskChange((live & ~removed) | added, removed, added, threshold if count else 0.0)
+
+
+def first_of(hits: Tensor) -> Tensor:
+    """Of a bool ``[m, groups]`` the first True of each column alone."""
+    first, seen = torch.zeros_like(hits), torch.zeros_like(hits[0])
+    for row, hit in zip(first, hits, strict=True):
+        torch.logical_and(hit, ~seen, out=row)
+        seen |= hit
+    return first
 
 
 SINGLE = Pattern()

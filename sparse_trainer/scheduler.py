@@ -208,7 +208,8 @@ class SparsityScheduler:
         """
         if self._weights:
             if self._following is not None:
-                self._enforcement.look(everywhere=True)
+                self._enforcement.look(everywhere=True)  # after which no dead weight is other than 0
+                return Budget(self._weights.live_count(), self._total)
             return Budget(self._weights.live_count() + self._enforcement.count_revived(), self._total)
         return Budget(sum(parameter.numel() for parameter in self._prunable.values()), self._total)
 
@@ -266,6 +267,7 @@ class SparsityScheduler:
         """Install all hooks."""
         if self._weights:
             self._weights.follow_device()
+            self._enforcement.prepare()
             self._weights.install(self._enforcement.gradient_arrived)
         if self._units:
             parameters = dict(self.model.named_parameters())
@@ -582,6 +584,8 @@ class SparsityScheduler:
         for what, own in (("weights", self._weights), ("units", self._units)):
             if (state[what] is None) != (own is None):
                 raise ValueError(f"the saved state {'has no' if state[what] is None else 'has'} {what} masks")
+        if self._weights:
+            self._weights.check_state(state["weights"])  # before anything changes
         if self._units:
             self._units.load_state_dict(state["units"])
         if self._weights:

@@ -23,6 +23,7 @@ from sparse_trainer.masks import (
     MaskChange,
     count_bits,
     count_live,
+    kill_dead,
     largest_per_segment,
     pack_bits,
     prune_and_grow,
@@ -211,19 +212,29 @@ class WeightMasks:
     def of_masks(
         cls, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], config: SparsityConfig
     ) -> WeightMasks:
-        """Go on with the masks that there are. A layer of another shape gets a new one of the same density."""
+        """Go on with the masks that there are. A layer of another shape gets a new one of the same density.
+
+        Raises:
+            ValueError: if a mask is not of the configuration's pattern.
+        """
         generator = torch.Generator().manual_seed(config.seed)
         first = {}
         for name, parameter in parameters.items():
             mask = masks.get(name)
             if mask is None:
                 mask = torch.ones(parameter.shape, dtype=torch.bool)
-            elif mask.shape != parameter.shape:
-                pattern = patterns_of({name: parameter.shape}, read_pattern(config.pattern))[name]
+            pattern = patterns_of({name: parameter.shape}, read_pattern(config.pattern))[name]
+            if mask.shape != parameter.shape:
                 count = round(count_live(mask.cpu()) / mask.numel() * parameter.numel() / pattern.size) * pattern.size
                 mask = pattern.first_mask(parameter.detach(), max(pattern.size, count), generator)
             first[name] = mask.to(parameter.device).clone()
         made = cls(parameters, sum(map(count_live, first.values())), config, masks=first)
+        odd = [name for name, mask in first.items() if not made.patterns[name].fits(mask)]
+        if odd:
+            raise ValueError(
+                f"resume_from: the mask of {odd[0]} is not of pattern {config.pattern}; give pattern='1x1', which "
+                "every mask is of, or the pattern that it was trained with"
+            )
         made.allocation = {name: count_live(mask) for name, mask in first.items()}
         return made
 
@@ -248,7 +259,7 @@ class WeightMasks:
         """Set every dead weight to 0 (exactly, whatever its value was)."""
         self.follow_device()
         for name, parameter in self.parameters.items():
-            parameter.masked_fill_(~self.masks[name], 0.0)
+            kill_dead(parameter, self.masks[name])
 
     def follow_device(self) -> None:
         """Move the masks to where their weights are."""
@@ -365,7 +376,7 @@ class WeightMasks:
         """Finish the transition of one layer: mask, weight, gradient, EMA and moments."""
         parameter, mask = self.parameters[name], self.masks[name]
         mask.copy_(change.live)
-        parameter.masked_fill_(~mask, 0.0)  # a product would leave -0.0, which apply() does not
+        kill_dead(parameter, mask)
         if parameter.grad is not None:
             zero_dead(parameter.grad, mask)
         if average is not None:
@@ -463,32 +474,52 @@ class WeightMasks:
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            "pattern": self.config.pattern,
             "masks": {name: pack_bits(mask) for name, mask in self.masks.items()},
             "ever_live": {name: bits.clone() for name, bits in self._ever_live.items()},
             "generator": self.generator.get_state(),
             "growth": self.growth.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore masks, exploration, generator and the growth gradient.
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Whether a saved state is one of these masks; changes nothing.
 
         Raises:
-            ValueError: if the state is of other layers or of another budget.
+            ValueError: if the state is of other layers, of another pattern or of another budget.
         """
+        if state["pattern"] != self.config.pattern:
+            raise ValueError(
+                f"the saved masks are of pattern {state['pattern']}, the configuration's is {self.config.pattern}; go "
+                f"on with pattern={state['pattern']!r}"
+            )
         expected, found = set(self.masks), set(state["masks"])
         if expected != found:
             odd = sorted(expected ^ found)
             raise ValueError(f"the saved masks are of other layers than the model's: {', '.join(odd[:4])}")
-        masks = {
-            name: unpack_bits(bits, self.masks[name].numel()).view(self.masks[name].shape)
-            for name, bits in state["masks"].items()
-        }
+        masks = self._masks_of(state)
+        odd = [name for name, mask in masks.items() if not self.patterns[name].fits(mask)]
+        if odd:
+            raise ValueError(f"the saved mask of {odd[0]} is not of pattern {self.patterns[odd[0]]}")
         live = sum(count_live(mask) for mask in masks.values())
         if live != sum(self.allocation.values()):
             raise ValueError(
                 f"the saved masks have {live:,} live elements, the budget is {sum(self.allocation.values()):,}"
             )
-        for name, mask in masks.items():
+
+    def _masks_of(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {
+            name: unpack_bits(bits, self.masks[name].numel()).view(self.masks[name].shape)
+            for name, bits in state["masks"].items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore masks, exploration, generator and the growth gradient.
+
+        Raises:
+            ValueError: as :meth:`check_state`.
+        """
+        self.check_state(state)
+        for name, mask in self._masks_of(state).items():
             self.masks[name].copy_(mask)
             self._ever_live[name] = state["ever_live"][name].clone()
         restore_generator(self.generator, state["generator"])

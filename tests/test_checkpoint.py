@@ -29,6 +29,7 @@ from sparse_trainer.files.checkpoint import (
     save_resume,
     save_sparse,
 )
+from sparse_trainer.files.masked_tensor import block_of, pack
 from sparse_trainer.files.rebuild import build_without_memory
 from sparse_trainer.masks import random_mask
 from tests.conftest import TINY
@@ -81,9 +82,10 @@ def saved(tmp_path: Path, tiny_deit: Callable[..., nn.Module]) -> tuple[Path, nn
 
 def doctor(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
     """Change metadata and tensors of a sparse checkpoint and seal it again, as one who means harm can."""
-    tensors, metadata = tensor_file.read_tensors(path, format="sparse-trainer", version=1)
+    tensors, metadata = tensor_file.read_tensors(path, format="sparse-trainer", version=(1, 2))
     change(metadata, tensors)
-    tensor_file.write_tensors(path, tensors, metadata, format="sparse-trainer", version=1)
+    version = 2 if "blocks" in metadata else 1
+    tensor_file.write_tensors(path, tensors, metadata, format="sparse-trainer", version=version)
 
 
 def test_same_logits_and_tensors_bit_for_bit(saved: Any) -> None:
@@ -463,14 +465,14 @@ PATCH = "patch_embed.proj.weight"
         (set_in("selector", value={"kind": "top_k"}), "pass create_model=models.create_model"),
         (set_in("selector", value=7), "selector: expected None or a mapping"),
         (set_in("masked", value=[]), "metadata 'masked': expected shapes by name"),
-        (set_in("masked", QKV, value=[1 << 39, 1 << 39]), "qkv.weight'.mask: expected .* bytes for shape"),
+        (set_in("masked", QKV, value=[1 << 39, 1 << 39]), "size of its masked tensors: expected at most .* memory"),
         (set_in("masked", QKV, value=[24, 72]), r"qkv.weight: expected floating \(72, 24\), found .*\(24, 72\)"),
         (set_in("masked", QKV, value=[-1, -1]), "metadata 'masked': expected shapes by name"),
         (set_in("masked", QKV, value=[1721]), "bits are set after the last of 1,721"),
         (set_in("masked", "no.such", value=[2]), "masked tensor 'no.such': expected .values and .mask"),
         (set_tensor(f"{QKV}.mask", lambda t: t.int()), "qkv.weight'.mask: expected 216 bytes"),
         (set_tensor(f"{QKV}.mask", lambda t: t[:-1]), r"expected 216 bytes for shape \(72, 24\), found .*\(215,\)"),
-        (set_tensor(f"{QKV}.mask", lambda t: t | 1 << 3), "one for each bit set in its mask, found"),
+        (set_tensor(f"{QKV}.mask", lambda t: t | 1 << 3), "one for each live element of its mask, found"),
         (set_tensor(f"{QKV}.mask", None), "expected .values and .mask"),
         (set_tensor(f"{QKV}.values", lambda t: t[:-1]), r"expected 864 values, .*, found torch.float32 \(863,\)"),
         (set_tensor(f"{QKV}.values", lambda t: t.int()), "expected 864 values"),
@@ -492,6 +494,95 @@ def test_a_lying_file(saved: Any, change: Any, message: str) -> None:
         load_sparse(path)
     assert str(error.value).startswith(f"{path}: ")
     assert len(str(error.value)) < 2000
+
+
+# Blocks of 8x1 in a [72, 24] weight: 9 x 24 = 216 bits are 27 bytes.
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_in("blocks", value=[]), "metadata 'blocks': expected two sides of 1 to 32 for names of 'masked'"),
+        (set_in("blocks", QKV, value=[8]), "metadata 'blocks': expected two sides"),
+        (set_in("blocks", QKV, value=[8, 0]), "metadata 'blocks': expected two sides"),
+        (set_in("blocks", QKV, value=[72, 1]), "metadata 'blocks': expected two sides of 1 to 32"),
+        (set_in("blocks", QKV, value=[8.0, 1]), "metadata 'blocks': expected two sides"),
+        (set_in("blocks", "no.such", value=[8, 1]), "metadata 'blocks': expected two sides"),
+        (set_in("blocks", QKV, value=[16, 1]), r"blocks of 'blocks.0.attn.qkv.weight': expected sides that divide"),
+        (set_in("blocks", QKV, value=[4, 1]), "qkv.weight'.mask: expected 54 bytes"),
+        (set_in("blocks", QKV, value=[8, 3]), "qkv.weight'.mask: expected 9 bytes"),
+        (set_tensor(f"{QKV}.mask", lambda t: t | 1 << 3), "one for each live element of its mask, found"),
+        (set_tensor(f"{QKV}.values", lambda t: t[:-1]), r"expected 864 values, .*, found torch.float32 \(863,\)"),
+    ],
+)
+def test_a_lying_file_of_blocks(tmp_path: Path, tiny_deit: Callable[..., nn.Module], change: Any, message: str) -> None:
+    model = tiny_deit().eval()
+    masks = {QKV: block_mask((72, 24), 8, 1)}
+    with torch.no_grad():
+        model.get_parameter(QKV).mul_(masks[QKV])
+    path = tmp_path / "sparse.safetensors"
+    save_sparse(path, model, masks=masks, info=make_info(masks))
+    doctor(path, change)
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_sparse(path)
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def block_mask(shape: tuple[int, ...], rows: int, columns: int) -> Tensor:
+    """Half of the blocks live."""
+    grid = (shape[0] // rows, math.prod(shape[1:]) // columns)
+    blocks = random_mask(grid, math.prod(grid) // 2, torch.Generator().manual_seed(1))
+    return blocks.repeat_interleave(rows, 0).repeat_interleave(columns, 1).reshape(shape)
+
+
+@pytest.mark.parametrize("block", [(2, 1), (1, 2), (16, 1), (6, 4), (32, 32), (3, 5)])
+@pytest.mark.parametrize("shape", [(96, 160), (96, 5, 8, 4)])
+def test_a_mask_of_blocks_takes_one_bit_each(tmp_path: Path, shape: tuple[int, ...], block: tuple[int, int]) -> None:
+    mask = block_mask(shape, *block)
+    assert block_of(mask) == block
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(shape) * mask)
+
+    def create(name: str) -> nn.Module:
+        again = nn.Module()
+        again.weight = nn.Parameter(torch.zeros(shape))
+        return again
+
+    info = make_info({"weight": mask}, model="custom", model_args={}, class_names=None)
+    path = tmp_path / "sparse.safetensors"
+    save_sparse(path, model, masks={"weight": mask}, info=info, create_model=create)
+    stored = safetensors.torch.load_file(path)
+    assert stored["weight.mask"].numel() == -(-mask.numel() // (block[0] * block[1]) // 8)
+    found = read_sparse(path)
+    assert torch.equal(found.masks["weight"], mask)
+    assert torch.equal(found.tensors["weight"], model.weight)
+
+
+def test_a_mask_of_blocks_worked_by_hand(tmp_path: Path) -> None:
+    mask = torch.tensor([[1, 0, 1, 0], [1, 0, 1, 0], [0, 0, 1, 1], [0, 0, 1, 1]]).bool()
+    values, bits, block = pack("w", torch.arange(1.0, 17).view(4, 4) * mask, mask, torch.float32)
+    assert values.tolist() == [1, 3, 5, 7, 11, 12, 15, 16]
+    assert (bits.tolist(), block) == ([1 + 4 + 64 + 128], (2, 1))
+    # A layer in which nothing is dead has no pattern, and 32 rows are the most.
+    assert block_of(torch.ones(64, 64, dtype=torch.bool)) == block_of(torch.zeros(64, 64, dtype=torch.bool)) == (1, 1)
+    assert block_of(torch.arange(128)[:, None].expand(128, 6) >= 64) == (32, 6)
+
+
+def test_size_of_16x1_at_half_density(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 384, "depth": 4, "num_classes": 10}
+    model = timm.create_model(DEIT, **arguments)
+    masks = {
+        f"{name}.weight": block_mask(tuple(module.weight.shape), 16, 1)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name != "head"
+    }
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).mul_(mask)
+    path, dense = tmp_path / "sparse.safetensors", tmp_path / "dense.safetensors"
+    rgb: dict[str, Any] = {"in_chans": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    info = make_info(masks, model_args=arguments, class_names=None, image_size=32, **rgb)
+    save_sparse(path, model, masks=masks, info=info)
+    safetensors.torch.save_file(model.state_dict(), dense)
+    assert path.stat().st_size <= 0.51 * dense.stat().st_size
 
 
 def test_padding_bits_must_be_zero(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ FLOORS = {
         "weight_masks": 3,
         "scheduler": 5,
         "kernels.library": 0,
+        "kernels.masking": 1,
         "kernels.packed": 1,
         "kernels.layers": 2,
         "kernels.on_gpu": 3,
@@ -58,11 +59,12 @@ FLOORS = {
         "files.resume": 8,
         "files.sparse_info": 8,
         "files.rebuild": 9,
-        "files.checkpoint": 10,
+        "files.masked_tensor": 10,
+        "files.checkpoint": 11,
         "mask_history": 2,
         "mask_pictures": 3,
         "overview": 4,
-        "mask_log": 11,
+        "mask_log": 12,
     },
 }
 """Of each file of a tower."""

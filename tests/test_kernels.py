@@ -28,7 +28,7 @@ from sparse_trainer import (
     save_sparse,
 )
 from sparse_trainer.kernels import accelerate as accelerating
-from sparse_trainer.kernels import library, on_gpu, packed
+from sparse_trainer.kernels import library, masking, on_gpu, packed
 from sparse_trainer.kernels.accelerate import describe_choices
 from sparse_trainer.kernels.layers import CompressedRows, SparseLinear, SparsePatches
 from tests.conftest import TINY
@@ -124,6 +124,41 @@ def test_numbers_that_are_not_finite(kernels: library.Library) -> None:
     x = torch.tensor([[float("nan"), float("inf"), -float("inf"), *[1.0] * 13]])
     torch.testing.assert_close(packed.product(kernels, x, taken), x, equal_nan=True)
     torch.testing.assert_close(packed.product(kernels, x.bfloat16(), taken).float(), x, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [1, 15, 1000, masking.IN_THREADS + 3])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_masked_gradients_have_the_same_bits_as_without_a_compiler(
+    kernels: library.Library, size: int, threads: int
+) -> None:
+    generator = torch.Generator().manual_seed(size)
+    live = torch.rand(size, generator=generator) < 0.5
+    gradient = torch.randn(size, generator=generator)
+    gradient[:: max(1, size // 7)] = torch.inf
+    expected, found = gradient.clone(), gradient.clone()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        masking.mask_gradient(expected, live, None)
+        masking.mask_gradient(found, live, kernels)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(expected.view(torch.int32), found.view(torch.int32))
+    strided = torch.randn(size, 2)[:, 0]
+    masking.mask_gradient(strided, live, kernels)  # by the plain way
+    assert not strided[~live].any()
+
+
+def test_only_large_networks_compile_for_their_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler() -> None:
+        raise library.KernelError("there is none")
+
+    monkeypatch.setattr(masking, "load_library", no_compiler)
+    assert masking.masking_library(masking.WORTH, torch.device("cpu")) is None
+    monkeypatch.setattr(masking, "load_library", lambda: "a library")
+    assert masking.masking_library(masking.WORTH, torch.device("cpu")) == "a library"
+    assert masking.masking_library(masking.WORTH - 1, torch.device("cpu")) is None
+    assert masking.masking_library(masking.WORTH, torch.device("meta")) is None
 
 
 def test_heights_of_blocks_are_found() -> None:

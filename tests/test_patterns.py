@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparse_trainer import SparsityConfig, SparsityScheduler
+from sparse_trainer.masks import count_dead_nonzero, kill_dead
 from sparse_trainer.patterns import Pattern, read_pattern, whole_blocks
 from tests.test_scheduler import assert_invariants, train
 
@@ -219,3 +220,46 @@ def test_what_does_not_go_together(tiny_deit: Factory) -> None:
             tiny_deit(num_classes=8), SparsityConfig(pattern="8x1", density=0.4003, updates=0), total_steps=9
         )
     assert odd.budget.live == round(0.4003 * odd.budget.total)
+
+
+@pytest.mark.filterwarnings("ignore:pattern. .* does not divide")
+@pytest.mark.parametrize(("own", "other"), [("8x1", "1x1"), ("1x1", "8x1"), ("2:4", "8x1"), ("8x1", "4x2")])
+def test_a_state_of_another_pattern_is_refused(tiny_deit: Factory, own: str, other: str) -> None:
+    """Else the masks were of no pattern, or the budget was missed by what does not divide."""
+    saved = SparsityScheduler(tiny_deit(), SparsityConfig(pattern=own), total_steps=1000).state_dict()
+    model = tiny_deit()
+    scheduler = SparsityScheduler(model, SparsityConfig(pattern=other), total_steps=1000)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    masks = {name: mask.clone() for name, mask in scheduler.masks.items()}
+    with pytest.raises(ValueError, match=f"masks are of pattern {own}, the configuration's is {other}"):
+        scheduler.load_state_dict(saved)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(mask, masks[name]) for name, mask in scheduler.masks.items())
+
+
+@pytest.mark.filterwarnings("ignore:pattern. .* does not divide")
+def test_going_on_with_another_pattern(tiny_deit: Factory) -> None:
+    """Single weights may go on from blocks; blocks only from blocks of theirs."""
+    blocks = SparsityScheduler(tiny_deit(), SparsityConfig(pattern="8x1"), total_steps=1000)
+    live, model = blocks.live_network, blocks.model
+    blocks.detach(release=True)
+    bits = {name: value.clone() for name, value in model.state_dict().items()}
+    for wrong in ("16x1", "2:4"):
+        with pytest.raises(ValueError, match=rf"resume_from: the mask of .* is not of pattern {wrong}; give pattern="):
+            SparsityScheduler(model, SparsityConfig(pattern=wrong), total_steps=1000, resume_from=live)
+    assert all(torch.equal(value, bits[name]) for name, value in model.state_dict().items())
+    single = SparsityScheduler(model, SparsityConfig(pattern="1x1"), total_steps=1000, resume_from=live)
+    assert single.budget.live == sum(int(mask.sum()) for mask in live.masks.values())
+
+
+def test_dead_weights_become_exactly_0() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, -1.0, float("nan"), float("-inf"), 2.0, -0.0]))
+    live = torch.tensor([True, False, False, False, True, False])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        values = nn.Parameter(weight.detach().clone().to(dtype))
+        version = values._version
+        assert count_dead_nonzero(values.float(), live) == 3
+        kill_dead(values, live)
+        assert values.tolist() == [1.0, 0.0, 0.0, 0.0, 2.0, 0.0]
+        assert not torch.signbit(values).any()
+        assert values._version > version  # autograd and enforcement see the write

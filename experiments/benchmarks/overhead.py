@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from experiments.benchmarks.setting import Setting, Weights, make_batch, make_model, training_step
 from experiments.benchmarks.timing import Figure, summarize, timed
 from sparse_trainer import SparsityConfig, SparsityScheduler
+from sparse_trainer.kernels.masking import mask_gradient, masking_library
 
 
 def benchmark_overhead(setting: Setting, weights: Weights) -> list[Figure]:
@@ -47,11 +48,12 @@ def benchmark_overhead(setting: Setting, weights: Weights) -> list[Figure]:
         times.append((seconds[False], seconds[True]))
     steps = summarize(times[1:])
     masks = scheduler.masks
+    library = masking_library(sum(mask.numel() for mask in masks.values()), device)
     gradients = [torch.randn_like(parameter) for name, parameter in model.named_parameters() if name in masks]
 
     def mask_all() -> None:
         for gradient, mask in zip(gradients, masks.values(), strict=True):
-            gradient.mul_(mask)
+            mask_gradient(gradient, mask, library)
 
     own = statistics.median(timed(mask_all, device) for _ in range(9))
     gradients.clear()

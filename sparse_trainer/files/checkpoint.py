@@ -8,6 +8,7 @@ other tensor is stored as it is. A worked example, a weight of ten elements with
     w.values  [7, 2, 5, 1]
     w.mask    live elements 1, 4 | 8, 9  ->  bytes [2 + 16, 1 + 2] = [18, 3]
 
+Where weights live and die in blocks, the mask has one bit per block (:mod:`sparse_trainer.files.masked_tensor`).
 The metadata holds what :class:`SparseInfo` says and the shapes of the masked tensors. A file is checked
 before it is believed: :mod:`sparse_trainer.files.tensor_file` does its bytes, :func:`load_sparse` its contents.
 """
@@ -22,12 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sparse_trainer import units
 from sparse_trainer.construction import LiveNetwork
+from sparse_trainer.files.masked_tensor import DTYPES, MAX_SIDE, Block, check_values, convert, pack, unpack
 from sparse_trainer.files.rebuild import (
     ModelFactory,
     build_without_memory,
@@ -38,9 +39,17 @@ from sparse_trainer.files.rebuild import (
 )
 from sparse_trainer.files.resume import load_resume, save_resume
 from sparse_trainer.files.sparse_info import SparseInfo
-from sparse_trainer.files.tensor_file import CheckpointError, fault, quote, read_metadata, read_tensors, write_tensors
+from sparse_trainer.files.tensor_file import (
+    CheckpointError,
+    fault,
+    memory,
+    quote,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
 from sparse_trainer.kernels.accelerate import KERNELS, accelerate
-from sparse_trainer.masks import count_live, pack_bits, unpack_bits
+from sparse_trainer.masks import count_live
 
 __all__ = [
     "CheckpointError",
@@ -56,8 +65,9 @@ __all__ = [
     "save_sparse",
 ]
 
-SPARSE_FORMAT, SPARSE_VERSION = "sparse-trainer", 1
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SPARSE_FORMAT = "sparse-trainer"
+SPARSE_VERSION, BLOCKS_VERSION = 1, 2
+"""A file has the second number only where a mask is stored by blocks."""
 
 #: Buffers that a model computes for itself and does not save may take the file's size and this much more.
 _UNSAVED_BYTES = 16 << 20
@@ -121,19 +131,21 @@ def save_sparse(
         state[name] = tensor.detach().cpu()
     _check_masks(masks, state, info)
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        packed = pool.map(lambda name: _pack(name, state[name], masks[name], dtype), masks)
+        packing = pool.map(lambda name: pack(name, state[name], masks[name], dtype), masks)
         if create_model is not None or info.selector is None:  # meanwhile
             check_agreement(build_without_memory(info, create_model), state, info)
-        stored = {
-            f"{name}.{part}": tensor
-            for name, parts in zip(masks, packed, strict=True)
-            for part, tensor in parts.items()
-        }
+        packed = dict(zip(masks, packing, strict=True))
+    stored = {f"{name}.values": values for name, (values, _, _) in packed.items()}
+    stored |= {f"{name}.mask": bits for name, (_, bits, _) in packed.items()}
+    blocks = {name: list(block) for name, (_, _, block) in packed.items() if block != (1, 1)}
     others = [name for name in state if name not in masks]
     assert not stored.keys() & set(others), "a name in the state_dict ends in .values or .mask"
-    stored |= {name: _convert(name, state[name], dtype) for name in others}
+    stored |= {name: convert(name, state[name], dtype) for name in others}
     metadata = {**info.to_metadata(), "masked": {name: list(mask.shape) for name, mask in masks.items()}}
-    write_tensors(path, stored, metadata, format=SPARSE_FORMAT, version=SPARSE_VERSION)
+    if blocks:
+        metadata["blocks"] = blocks
+    version = BLOCKS_VERSION if blocks else SPARSE_VERSION
+    write_tensors(path, stored, metadata, format=SPARSE_FORMAT, version=version)
 
 
 def load_sparse(
@@ -224,7 +236,7 @@ def read_info(path: str | os.PathLike[str]) -> SparseInfo:
     Raises:
         CheckpointError: if the header is damaged or says something impossible.
     """
-    info, _ = _parse(path, read_metadata(path, format=SPARSE_FORMAT, version=SPARSE_VERSION))
+    info, _, _ = _parse(path, read_metadata(path, format=SPARSE_FORMAT, version=(SPARSE_VERSION, BLOCKS_VERSION)))
     return info
 
 
@@ -273,123 +285,54 @@ def read_sparse(path: str | os.PathLike[str]) -> SparseFile:
     Raises:
         CheckpointError: if the file is damaged, or its parts do not agree.
     """
-    stored, metadata = read_tensors(path, format=SPARSE_FORMAT, version=SPARSE_VERSION)
-    info, shapes = _parse(path, metadata)
+    stored, metadata = read_tensors(path, format=SPARSE_FORMAT, version=(SPARSE_VERSION, BLOCKS_VERSION))
+    info, shapes, blocks = _parse(path, metadata)
     for name in shapes:
         if name in stored or not {f"{name}.values", f"{name}.mask"} <= stored.keys():
             raise fault(path, f"masked tensor {quote(name)}", expected=".values and .mask", found="not just these")
+    claimed = 4 * sum(math.prod(shape) for shape in shapes.values())  # dead elements take no place in the file
+    if claimed > memory():
+        expected = f"at most {memory():,} bytes, the memory of this machine"
+        raise fault(path, "the size of its masked tensors", expected=expected, found=f"{claimed:,}")
     packed = {name: (stored.pop(f"{name}.values"), stored.pop(f"{name}.mask")) for name in shapes}
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        found = pool.map(lambda name: _unpack(path, name, *packed[name], shapes[name]), shapes)
+        found = pool.map(lambda name: unpack(path, name, *packed[name], shapes[name], blocks.get(name, (1, 1))), shapes)
         unpacked = dict(zip(shapes, found, strict=True))
     live = sum(values.numel() for values, _ in packed.values())
     if shapes and live != info.budget.live:
         raise fault(path, "live parameters", expected=f"{info.budget.live:,}, its budget", found=f"{live:,}")
     for name, tensor in stored.items():
-        _check_values(path, name, tensor)
+        check_values(path, name, tensor)
     tensors = {**stored, **{name: tensor for name, (tensor, _) in unpacked.items()}}
     masks = {name: mask for name, (_, mask) in unpacked.items()}
     return SparseFile(info, tensors, masks)
 
 
-def _check_values(path: str | os.PathLike[str], name: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and tensor.dtype not in DTYPES:
-        allowed = ", ".join(map(str, DTYPES))
-        raise fault(path, f"the dtype of {quote(name)}", expected=allowed, found=tensor.dtype)
-    if not _is_finite(tensor):
-        raise fault(path, f"the values of {quote(name)}", expected="finite numbers", found="NaN or infinity")
-
-
-def _parse(path: str | os.PathLike[str], metadata: dict[str, Any]) -> tuple[SparseInfo, dict[str, tuple[int, ...]]]:
-    """The metadata as :class:`SparseInfo`, and the shapes of the masked tensors."""
-    shapes = metadata.pop("masked", None)
+def _parse(
+    path: str | os.PathLike[str], metadata: dict[str, Any]
+) -> tuple[SparseInfo, dict[str, tuple[int, ...]], dict[str, Block]]:
+    """The metadata as :class:`SparseInfo`, the shapes of the masked tensors, and the blocks of those that have any."""
+    shapes, blocks = metadata.pop("masked", None), metadata.pop("blocks", {})
     if not isinstance(shapes, dict) or not all(
         isinstance(shape, list) and len(shape) <= 8 and all(type(n) is int and 0 < n < 1 << 40 for n in shape)
         for shape in shapes.values()
     ):
         raise fault(path, "metadata 'masked'", expected="shapes by name", found=quote(shapes))
+    if not isinstance(blocks, dict) or not all(
+        name in shapes
+        and isinstance(block, list)
+        and len(block) == 2
+        and all(type(side) is int and 0 < side <= MAX_SIDE for side in block)
+        for name, block in blocks.items()
+    ):
+        expected = f"two sides of 1 to {MAX_SIDE} for names of 'masked'"
+        raise fault(path, "metadata 'blocks'", expected=expected, found=quote(blocks))
     try:
         info = SparseInfo.from_metadata(metadata)
     except ValueError as error:
         raise CheckpointError(f"{path}: {'; '.join(str(error).splitlines())}") from error
-    return info, {name: tuple(shape) for name, shape in shapes.items()}
-
-
-def _pack(name: str, tensor: Tensor, mask: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """A masked tensor as it is stored."""
-    values = _gather(tensor, mask)
-    lost = _count_nonzero(tensor) - _count_nonzero(values)
-    if lost:
-        raise ValueError(f"{name}: {lost:,} dead elements are not exactly 0 and would be lost")
-    return {"values": _convert(name, values, dtype), "mask": pack_bits(mask)}
-
-
-def _convert(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A tensor as it is stored: of ``dtype``, if that is given and it is floating, and finite."""
-    if not tensor.is_floating_point():
-        return tensor
-    converted = tensor if dtype is None else tensor.to(dtype)
-    if converted.dtype not in DTYPES:
-        raise ValueError(f"{name}: is {tensor.dtype}; give a dtype among {', '.join(map(str, DTYPES))}")
-    if not _is_finite(converted):
-        raise ValueError(f"{name}: holds NaN or infinity in {converted.dtype}, so it cannot be deployed")
-    return converted
-
-
-def _unpack(
-    path: str | os.PathLike[str], name: str, values: Tensor, packed: Tensor, shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`_pack`: tensor and mask, if all parts agree."""
-    numel = math.prod(shape)
-    if packed.dtype != torch.uint8 or tuple(packed.shape) != ((numel + 7) // 8,):
-        expected = f"{(numel + 7) // 8:,} bytes for shape {shape}"
-        raise fault(path, f"{quote(name)}.mask", expected=expected, found=describe(packed))
-    try:
-        mask = unpack_bits(packed, numel)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {quote(name)}.mask: {error}") from error
-    live = count_live(mask)
-    if not values.is_floating_point() or tuple(values.shape) != (live,):
-        expected = f"{live:,} values, one for each bit set in its mask"
-        raise fault(path, f"{quote(name)}.values", expected=expected, found=describe(values))
-    _check_values(path, name, values)
-    return _scatter(values, mask).view(shape), mask.view(shape)
-
-
-# NumPy finds and moves the live elements about five times faster than torch's boolean indexing on a CPU.
-# It has no bfloat16, whose bits travel as integers.
-
-
-def _gather(tensor: Tensor, mask: Tensor) -> Tensor:
-    """The elements of ``tensor`` where ``mask`` is True, in row-major order."""
-    flat = tensor.contiguous().view(-1)
-    live = np.flatnonzero(mask.detach().cpu().contiguous().numpy())
-    return torch.from_numpy(_as_array(flat).take(live)).view(flat.dtype)
-
-
-def _scatter(values: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of :func:`_gather` for a flat mask: zeros where it is False."""
-    dense = torch.zeros(mask.numel(), dtype=values.dtype)
-    _as_array(dense)[np.flatnonzero(mask.numpy())] = _as_array(values)
-    return dense
-
-
-def _count_nonzero(tensor: Tensor) -> int:
-    array = _as_array(tensor.contiguous())
-    # The first bit is the sign of a 16-bit number: -0.0 is zero too.
-    return int(np.count_nonzero(array << 1 if array.dtype == np.int16 else array != 0))
-
-
-def _as_array(tensor: Tensor) -> np.ndarray:
-    """The memory of a tensor; 16-bit numbers as integers, in which NumPy is also faster."""
-    return (tensor.view(torch.int16) if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN or infinity in it; both show in the extremes."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    return all(bool(extreme.isfinite()) for extreme in tensor.aminmax())
+    whole = {name: tuple(shape) for name, shape in shapes.items()}
+    return info, whole, {name: (block[0], block[1]) for name, block in blocks.items()}
 
 
 def _check_masks(masks: Mapping[str, Tensor], state: Mapping[str, Tensor], info: SparseInfo) -> None:

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,7 +170,7 @@ def write_tensors(
         file.write(length.to_bytes(8, "little") + _header_bytes(header))
 
 
-def read_metadata(path: str | os.PathLike[str], *, format: str, version: int) -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike[str], *, format: str, version: int | Sequence[int]) -> dict[str, Any]:
     """The metadata of a file that :func:`write_tensors` wrote, without reading its data.
 
     Raises:
@@ -181,7 +181,7 @@ def read_metadata(path: str | os.PathLike[str], *, format: str, version: int) ->
 
 
 def read_tensors(
-    path: str | os.PathLike[str], *, format: str, version: int
+    path: str | os.PathLike[str], *, format: str, version: int | Sequence[int]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All tensors, on the CPU and each in memory of its own, and the metadata; both checksums are verified.
 
@@ -193,11 +193,11 @@ def read_tensors(
         metadata = _metadata(path, header, format, version)
         size = sum(entry.end - entry.begin for entry in header.entries.values())
         # A file with holes may take no disk and yet claim more than any machine could hold.
-        if size > _memory():
+        if size > memory():
             raise fault(
                 path,
                 "the size of its tensors",
-                expected=f"at most {_memory():,} bytes, the memory of this machine",
+                expected=f"at most {memory():,} bytes, the memory of this machine",
                 found=f"{size:,}",
             )
         tensors = {}
@@ -270,7 +270,7 @@ def _open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
-def _memory() -> int:
+def memory() -> int:
     """Bytes that this machine has, or no limit where it does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -344,7 +344,9 @@ def _whole_numbers(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
-def _metadata(path: str | os.PathLike[str], header: _Header, format: str, version: int) -> dict[str, Any]:
+def _metadata(
+    path: str | os.PathLike[str], header: _Header, format: str, version: int | Sequence[int]
+) -> dict[str, Any]:
     """The metadata's values, if the file is of this format and version and its header is intact."""
     strings = dict(header.strings)
     found = strings.get("format", "")
@@ -365,11 +367,12 @@ def _metadata(path: str | os.PathLike[str], header: _Header, format: str, versio
             expected=f"sha256 {quote(strings['header_sha256'][:16])}...",
             found=f"{header.digest[:16]}...",
         )
-    if strings.get("version") != str(version):
+    versions = [str(number) for number in ((version,) if isinstance(version, int) else version)]
+    if strings.get("version") not in versions:
         raise fault(
             path,
             "was written by another version of sparse-trainer",
-            expected=f"format version {version}",
+            expected=f"format version {' or '.join(versions)}",
             found=quote(strings.get("version")),
         )
     values = {}

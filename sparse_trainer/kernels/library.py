@@ -136,6 +136,8 @@ def open_library(path: Path) -> Library:
         shared: list[Any] = [pointer, size, pointer, pointer, pointer, pointer, pointer, size, size, size, size]
         functions.sparse_blocks.argtypes = [*shared, number, number, number, number, pointer, number]
         functions.sparse_any.argtypes = [*shared, number, number, number, pointer, number]
+        functions.sparse_mask.argtypes = [pointer, pointer, size, pointer, number]
+        functions.sparse_mask.restype = None
         lanes = int(functions.sparse_lanes())
     except (OSError, AttributeError) as error:
         raise KernelError(f"{path} cannot be loaded ({str(error)[:200]}), so {WITHOUT}") from error

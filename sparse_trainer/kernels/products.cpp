@@ -317,9 +317,35 @@ template <class E> Work any_of(int vectors) {
   }
 }
 
+struct Masking {
+  float *values;
+  const uint8_t *live;
+  int64_t size, share;
+  std::atomic<int64_t> next;
+};
+
+void mask_thread(void *pointer) {
+  Masking *job = static_cast<Masking *>(pointer);
+  const int64_t begin = job->next.fetch_add(job->share);
+  const int64_t end = begin + job->share < job->size ? begin + job->share : job->size;
+  float *__restrict values = job->values;
+  const uint8_t *__restrict live = job->live;
+  for (int64_t i = begin; i < end; ++i) values[i] *= float(live[i]);
+}
+
 }  // namespace
 
 extern "C" {
+
+// values *= live, element by element: in one pass over the memory, with no copy of the mask as floats.
+void sparse_mask(float *values, const uint8_t *live, int64_t size, void *parallel, int threads) {
+  if (!parallel || threads < 1) threads = 1;
+  Masking job{values, live, size, (size + threads - 1) / threads, {0}};
+  if (threads > 1)
+    reinterpret_cast<Parallel>(parallel)(mask_thread, &job, unsigned(threads), 0u);
+  else
+    mask_thread(&job);
+}
 
 // Numbers of a vector register of this build.
 int sparse_lanes() { return LANES; }

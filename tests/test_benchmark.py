@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -31,11 +32,13 @@ from experiments.benchmarks.kernels import (
     KernelTime,
     benchmark_kernels,
     draw_weight,
+    ours,
     scipy_csr,
     show_kernels,
     torch_bsr,
     torch_csr,
 )
+from experiments.benchmarks.patterns import Kept, Patterns, benchmark_patterns
 from experiments.benchmarks.report import Report, Row, create_dense, latency_rows, size_rows, throughput_row
 from experiments.benchmarks.report_page import cells, print_report, to_html, write_page
 from experiments.benchmarks.save import read_plain, save_flushed
@@ -57,6 +60,7 @@ from models import create_model
 from sparse_trainer import SparsityConfig, SparsityScheduler
 from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, save_sparse
 from sparse_trainer.flops import Count, block_macs, count
+from sparse_trainer.kernels.library import load_library
 
 CPU = torch.device("cpu")
 SMALL = ["--model=deit_tiny_patch16_224", "--image_size=32", "--patch_size=8", "--pairs=1"]
@@ -359,10 +363,57 @@ def test_the_table_of_kernels(
     for text in ("fc1 768x192", "fc2 192x768", "proj 192x192", "qkv 576x192", "torch BSR 16", "faster than dense"):
         assert text in out
     times = json.loads(file.read_text())["kernels"]
-    assert len(times) == 4 * 2 * 3
+    assert len(times) == 4 * 2 * 5
     assert {time["rows"] for time in times} == {17}
     csr = [time for time in times if time["kernel"] == "scipy CSR"]
     assert [time["ideal"] for time in csr] == pytest.approx([2.0, 10.0] * 4, rel=1e-3)
+
+
+def test_our_kernels_compute_the_dense_product() -> None:
+    library = load_library()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(7, 32, generator=generator)
+    weight = draw_weight(48, 32, 0.75, 16, generator, 1)
+    assert torch.equal((weight.view(3, 16, 32) != 0).all(dim=1), (weight.view(3, 16, 32) != 0).any(dim=1))
+    for height in (16, 1):
+        assert torch.allclose(ours(weight, rows, library, height)(), weight @ rows.T, atol=1e-5)
+
+
+def test_patterns_beside_dense_networks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole network: masks, units, tokens, with two dense twins in the same run."""
+    file = tmp_path / "patterns.json"
+    arguments = ["--patterns", "16x1", "1x1", "--densities", "0.5", "--batches", "2", "1", "--kernels=sparse"]
+    smaller = ["--heads=0.67", "--neurons=0.5", "--tokens=0.7"]
+    out = run(capsys, "patterns", *SMALL, *smaller, *arguments, f"--json={file}")
+    assert "16x1 at 0.5, batch 2: over dense onnxruntime" in " ".join(out.split())
+    figures = {figure["name"]: figure for figure in json.loads(file.read_text())["figures"]}
+    assert len(figures) == 2 * (2 * 2 + 1)
+    found = figures["1x1 at 0.5, batch 1: over dense PyTorch"]
+    assert found["ideal"] > 1 / (0.5 * 0.7)  # half of the weights of fewer heads and neurons, and fewer tokens
+    plain = benchmark_patterns(
+        Setting(model="deit_tiny_patch16_224", image_size=32, patch_size=8, device="cpu", amp="float32", pairs=1),
+        Patterns(patterns=("1x1",), densities=(0.25,), batches=(1,)),
+        Kept(),
+    )
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=10)
+    config = SparsityConfig(density=0.25, updates=0)
+    masks = SparsityScheduler(model, config, total_steps=1).masks
+    live = count(model, masks)
+    assert plain[0].ideal == pytest.approx(live.macs / live.live_macs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--densities", "0"], "densities: 0.0 is not in (0, 1]"),
+        (["--patterns", "3y1"], "patterns: '3y1' is no pattern; such as 1x1"),
+        (["--kernels", "quick"], "kernels: 'quick' is not one of auto, dense, sparse"),
+        (["--tokens", "0"], "tokens: 0.0 is not a share in (0, 1]"),
+        (["--patterns", "2:4", "--densities", "0.2"], "cannot be met with 2:4; give a density near"),
+    ],
+)
+def test_patterns_that_cannot_be(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert message in fail(capsys, "patterns", *SMALL, *arguments)
 
 
 @pytest.mark.parametrize("width", [80, 110])
@@ -389,7 +440,7 @@ def test_a_kernel_that_takes_twice_as_long_has_half_the_speed(monkeypatch: pytes
     setting = Setting(model="deit_tiny_patch16_224", image_size=32, patch_size=8, device="cpu")
     times = benchmark_kernels(setting, Kernels(sparsities=(0.75,), batches=(2,)))
     assert {(time.speed, time.seconds, time.dense_seconds, time.rows) for time in times} == {(0.5, 2.0, 1.0, 34)}
-    assert [time.ideal for time in times] == pytest.approx([4.0] * 12)
+    assert [time.ideal for time in times] == pytest.approx([4.0] * 20)
 
 
 def test_flushed_files_are_the_same_files(tmp_path: Path) -> None:
@@ -493,6 +544,22 @@ def test_a_report(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     memory = rows["peak memory, batch 6 (MiB)"]
     assert 0 < memory["dense"] < 200
     assert 0 < memory["sparse"] < 200
+
+
+def test_a_report_with_kernels(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_memory: None
+) -> None:
+    """The kernels that skip dead weights, whose ideal counts live weights alone, beside two dense twins."""
+    out = run(capsys, checkpoint, *TINY, "--kernels=sparse", f"--json={tmp_path}/r.json")
+    assert "kernels" in out
+    content = json.loads((tmp_path / "r.json").read_text())
+    rows = {row["name"]: row for row in content["rows"]}
+    macs = rows["MACs, live weights only"]
+    assert rows["throughput, batch 6"]["ideal"] == pytest.approx(macs["dense"] / macs["sparse"])
+    assert rows["throughput, batch 6, dense in onnxruntime"]["ratio"] > 0
+    assert content["facts"]["kernels"].startswith("1x1: ")
+    message = fail(capsys, checkpoint, "--kernels=quick")
+    assert message == "kernels: 'quick' is not one of auto, dense, sparse"
 
 
 def test_both_see_the_same_images_one_by_one(

@@ -1,8 +1,8 @@
-"""Where single dead weights save time on a CPU, and where not: kernels that compute with live weights only.
+"""Where dead weights save time on a CPU, and where not: kernels that compute with live weights only.
 
-A dense kernel multiplies by the zeros as well, so weight masks alone make nothing faster. These kernels skip them.
-Each computes ``Y^T = W X^T`` for one layer of the model; the sparse ones get ``X^T`` laid out as they want it, which
-a network would have to arrange, so what they show is what they can reach at best.
+A dense kernel multiplies by the zeros as well; these skip them. Ours compute ``Y = X W^T`` as a network needs it. Those
+of scipy and torch compute ``Y^T = W X^T`` and get ``X^T`` laid out as they want it, which a network would have to
+arrange: what they show is what they can reach at best.
 """
 
 from __future__ import annotations
@@ -26,12 +26,18 @@ from experiments.benchmarks.setting import Setting, make_model
 from experiments.benchmarks.timing import paired, timed
 from experiments.config.reading import naming
 from experiments.errors import ConfigError
+from sparse_trainer.kernels.library import KernelError, Library, load_library
+from sparse_trainer.kernels.packed import pack
+from sparse_trainer.kernels.packed import product as multiply
 from sparse_trainer.masks import random_mask
 from sparse_trainer.units import find_blocks
 
 CPU = torch.device("cpu")
 LEAST_SECONDS = 0.01
 """A timing holds as many calls as the dense kernel needs to fill it."""
+
+HEIGHT = 16
+"""Outputs of a block of our kernel."""
 
 Product = Callable[[], Tensor]
 
@@ -40,7 +46,7 @@ Product = Callable[[], Tensor]
 class Kernels:
     """Which products are timed."""
 
-    sparsities: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95)
+    sparsities: tuple[float, ...] = (0.5, 0.7, 0.9, 0.95)
     """Shares of dead weights."""
     batches: tuple[int, ...] = (1, 16)
     """Images whose tokens are multiplied at once."""
@@ -72,6 +78,12 @@ class KernelTime:
     ideal: float  #: if only the live weights counted
 
 
+def ours(weight: Tensor, rows: Tensor, library: Library, height: int) -> Product:
+    """The kernel of :mod:`sparse_trainer.kernels` for blocks of ``height`` outputs, on torch's threads."""
+    packed = pack(weight, weight != 0, rows=height)
+    return lambda: multiply(library, rows, packed).T
+
+
 @contextmanager
 def _quiet_beta() -> Iterator[None]:
     """Without torch's notice that compressed sparse tensors are in beta; any other warning is heard."""
@@ -100,11 +112,14 @@ def torch_bsr(weight: Tensor, columns: Tensor, block: int) -> Product:
     return lambda: matrix @ columns
 
 
-def draw_weight(outputs: int, inputs: int, sparsity: float, block: int, generator: torch.Generator) -> Tensor:
-    """A weight ``[outputs, inputs]`` of which ``sparsity`` is dead, in blocks of ``block`` by ``block``."""
-    shape = (outputs // block, inputs // block)
+def draw_weight(
+    outputs: int, inputs: int, sparsity: float, block: int, generator: torch.Generator, width: int | None = None
+) -> Tensor:
+    """A weight ``[outputs, inputs]`` of which ``sparsity`` is dead, in blocks ``block`` by ``width`` or ``block``."""
+    width = block if width is None else width
+    shape = (outputs // block, inputs // width)
     live = max(1, round((1 - sparsity) * math.prod(shape)))
-    mask = random_mask(shape, live, generator).repeat_interleave(block, 0).repeat_interleave(block, 1)
+    mask = random_mask(shape, live, generator).repeat_interleave(block, 0).repeat_interleave(width, 1)
     return torch.randn(outputs, inputs, generator=generator) * mask
 
 
@@ -117,7 +132,7 @@ def layers_of(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def benchmark_kernels(setting: Setting, kernels: Kernels) -> list[KernelTime]:
-    """Products with live weights only, by scipy and torch, against torch's dense one, on this CPU in float32.
+    """Products with live weights only, by our kernels, scipy and torch, against torch's dense one, on this CPU.
 
     Args:
         setting: the model whose layers are multiplied, and the number of pairs.
@@ -131,30 +146,51 @@ def benchmark_kernels(setting: Setting, kernels: Kernels) -> list[KernelTime]:
         layers = layers_of(model)
     tokens = model.patch_embed.num_patches + model.num_prefix_tokens
     for name, layer in layers.items():
+        if layer.out_features % HEIGHT:
+            raise ConfigError(f"model: {name} has {layer.out_features} outputs, which are no blocks of {HEIGHT}")
         if layer.in_features % kernels.block or layer.out_features % kernels.block:
             raise ConfigError(
                 f"block: {kernels.block} does not divide {name}, {layer.out_features} x {layer.in_features}; "
                 f"{math.gcd(layer.in_features, layer.out_features)} and what divides it does"
             )
+    library = None
+    try:
+        library = load_library()
+    except KernelError as error:
+        warnings.warn(str(error), stacklevel=2)
     generator = torch.Generator().manual_seed(0)
     times: list[KernelTime] = []
     for name, layer in layers.items():
         for batch in kernels.batches:
             rows = torch.randn(batch * tokens, layer.in_features, generator=generator)
             for sparsity in kernels.sparsities:
-                times += _time_layer(name, layer, rows, sparsity, kernels.block, setting.pairs, generator)
+                times += _time_layer(name, layer, rows, sparsity, kernels.block, setting.pairs, generator, library)
     return times
 
 
 def _time_layer(
-    name: str, layer: nn.Linear, rows: Tensor, sparsity: float, block: int, pairs: int, generator: torch.Generator
+    name: str,
+    layer: nn.Linear,
+    rows: Tensor,
+    sparsity: float,
+    block: int,
+    pairs: int,
+    generator: torch.Generator,
+    library: Library | None,
 ) -> Iterable[KernelTime]:
     """All kernels on one layer, tokens ``[rows, in]``, at one sparsity."""
     columns = rows.T.contiguous()
     outputs, inputs = layer.out_features, layer.in_features
     single = draw_weight(outputs, inputs, sparsity, 1, generator)
     blocks = draw_weight(outputs, inputs, sparsity, block, generator)
-    made: dict[str, tuple[Tensor, Callable[[], Product]]] = {
+    columns_of_blocks = draw_weight(outputs, inputs, sparsity, HEIGHT, generator, 1)
+    made: dict[str, tuple[Tensor, Callable[[], Product]]] = {}
+    if library is not None:
+        made |= {
+            f"{HEIGHT}x1": (columns_of_blocks, lambda: ours(columns_of_blocks, rows, library, HEIGHT)),
+            "1x1": (single, lambda: ours(single, rows, library, 1)),
+        }
+    made |= {
         "scipy CSR": (single, lambda: scipy_csr(single, columns)),
         "torch CSR": (single, lambda: torch_csr(single, columns)),
         f"torch BSR {block}": (blocks, lambda: torch_bsr(blocks, columns, block)),
@@ -209,8 +245,8 @@ def show_kernels(
     console.print(table)
     console.print(
         "Speed over torch's dense product in the same run: below 1 the sparse kernel is slower. At best it is "
-        f"{', '.join(f'{1 / (1 - sparsity):.3g}' for sparsity in kernels.sparsities)}. BSR is for masks of whole "
-        "blocks, which training does not make. scipy runs on one thread.",
+        f"{', '.join(f'{1 / (1 - sparsity):.3g}' for sparsity in kernels.sparsities)}. {HEIGHT}x1 and 1x1 are "
+        "ours, for masks of these patterns; BSR is for square blocks. scipy runs on one thread. All in float32.",
         markup=False,
     )
     summary = Table(title="faster than dense", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)

@@ -21,15 +21,25 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from experiments.benchmarks.images import sample
+from experiments.benchmarks.patterns import REST
 from experiments.benchmarks.setting import Setting, Step, classifier, inference
 from experiments.benchmarks.timing import PERCENTILES, Spread, alternate, peak_memory, percentiles_of, spread
 from experiments.errors import ConfigError
 from experiments.evaluation.measuring import TokenUse, count_used, describe_tokens, known_tokens
+from experiments.exports.onnx import build_onnx, onnx_session, require_onnx, run_onnx
 from experiments.training.pretrained import find_checkpoint
 from models import create_model, tokens_per_block
-from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, load_sparse, read_info, read_sparse
+from sparse_trainer.files.checkpoint import (
+    CheckpointError,
+    SparseInfo,
+    load_sparse,
+    load_sparse_masks,
+    read_info,
+    read_sparse,
+)
 from sparse_trainer.files.tensor_file import fault
 from sparse_trainer.flops import Count
+from sparse_trainer.kernels.accelerate import KERNELS, accelerate, describe_choices
 from sparse_trainer.units import find_blocks
 
 WARMUP = 2
@@ -50,8 +60,12 @@ class ReportOptions:
     """Single images whose latency is taken."""
     output: str | None = None
     """Page to write, such as report.html; or a picture, report.png."""
+    kernels: str = "dense"
+    """Products of layers with dead weights: auto takes the fastest for each, sparse those that skip dead weights."""
 
     def __post_init__(self) -> None:
+        if self.kernels not in KERNELS:
+            raise ConfigError(f"kernels: {self.kernels!r} is not one of {', '.join(KERNELS)}")
         if self.calls < 1:
             raise ConfigError(f"calls: {self.calls} is not positive")
 
@@ -229,9 +243,17 @@ def dense_file_size(model: nn.Module, dtype: torch.dtype) -> int:
         return (Path(folder) / "dense.safetensors").stat().st_size
 
 
-def run_sparse(path: Path, images: np.ndarray, setting: Setting) -> Step:
-    """A forward pass of the checkpoint (importable, so that it can run in a process of its own)."""
+def load(path: Path, setting: Setting, kernels: str) -> nn.Module:
+    """The network of a checkpoint, with these products, chosen for the precision that is measured."""
     model = load_sparse(path, create_model=create_model, device=setting.on)
+    if kernels == "dense":
+        return model
+    return accelerate(model, load_sparse_masks(path), kernels=kernels, dtype=getattr(torch, setting.amp))
+
+
+def run_sparse(path: Path, images: np.ndarray, setting: Setting, kernels: str) -> Step:
+    """A forward pass of the checkpoint (importable, so that it can run in a process of its own)."""
+    model = load(path, setting, kernels)
     return inference(model, torch.from_numpy(images).to(setting.on), setting)
 
 
@@ -240,11 +262,11 @@ def run_dense(info: SparseInfo, images: np.ndarray, setting: Setting) -> Step:
     return inference(create_dense(info).to(setting.on), torch.from_numpy(images).to(setting.on), setting)
 
 
-def memory_row(path: Path, info: SparseInfo, images: Tensor, setting: Setting) -> Row:
+def memory_row(path: Path, info: SparseInfo, images: Tensor, setting: Setting, kernels: str) -> Row:
     """MiB of the network and of what it needs to classify one batch."""
     plain = replace(setting, compile=False)  # else the compiler's own memory would count
     pixels = images.cpu().numpy()
-    sparse = peak_memory(run_sparse, path, pixels, plain, device=setting.on) / 2**20
+    sparse = peak_memory(run_sparse, path, pixels, plain, kernels, device=setting.on) / 2**20
     dense = peak_memory(run_dense, info, pixels, plain, device=setting.on) / 2**20
     return Row(f"peak memory, batch {len(images)}", "MiB", dense, sparse, sparse / max(dense, 1e-9))
 
@@ -265,16 +287,17 @@ def measure_report(setting: Setting, options: ReportOptions) -> Report:
     info = read_info(path)
     device = setting.on
     contents = read_sparse(path)
-    sparse = load_sparse(path, create_model=create_model, device=device)
-    check_image_size(path, info, sparse)
+    plain = load(path, setting, "dense")  # whose layers can be counted
+    check_image_size(path, info, plain)
     images, source = sample(options.images, path, info, setting.batch_size)
     images = images.to(device)
     dense = create_dense(info).to(device)
     dtype = next((t.dtype for t in contents.tensors.values() if t.is_floating_point()), torch.float32)
+    sparse = plain if options.kernels == "dense" else load(path, setting, options.kernels)
     use, kept = count_tokens(sparse, classifier(sparse, replace(setting, compile=False)), images)
     input_size = (images.shape[1], images.shape[2], images.shape[3])
-    count, dense_count = count_used(sparse, contents.masks, use, input_size), count_used(dense, {}, None, input_size)
-    share = count.macs / dense_count.macs
+    count, dense_count = count_used(plain, contents.masks, use, input_size), count_used(dense, {}, None, input_size)
+    share = (count.macs if options.kernels == "dense" else count.live_macs) / dense_count.macs
 
     # The same model is compiled once for batches and once for single images.
     batches = alternate(
@@ -291,11 +314,31 @@ def measure_report(setting: Setting, options: ReportOptions) -> Report:
         throughput_row(batches, setting.batch_size, share),
         *latency_rows(latencies, share),
     ]
+    if options.kernels != "dense" and setting.amp == "float32" and device.type == "cpu":
+        rows += onnx_rows(dense, sparse, images, setting)
     facts = describe(info, sparse, dense, use, kept)
     facts += [("images", source), ("precision", setting.amp + _compiled(setting))]
-    del dense, sparse
-    rows.append(memory_row(path, info, images, setting))
+    if options.kernels != "dense":
+        facts.append(("kernels", describe_choices(sparse)))
+    del dense, sparse, plain
+    rows.append(memory_row(path, info, images, setting, options.kernels))
     return Report(str(path), tuple(facts), tuple(rows))
+
+
+def onnx_rows(dense: nn.Module, sparse: nn.Module, images: Tensor, setting: Setting) -> list[Row]:
+    """Throughput beside the dense twin in onnxruntime, where that is installed and takes the twin."""
+    try:
+        require_onnx()
+        size = (images.shape[1], images.shape[2], images.shape[3])
+        session = onnx_session(build_onnx(dense, size).SerializeToString(), torch.get_num_threads())
+    except (ConfigError, CheckpointError):
+        return []
+    times = alternate(
+        lambda: run_onnx(session, images), inference(sparse, images, setting), device=setting.on,
+        pairs=WARMUP + setting.pairs, rest=REST,
+    )[WARMUP:]  # fmt: skip
+    row = throughput_row(times, setting.batch_size, 1.0)
+    return [replace(row, name=f"{row.name}, dense in onnxruntime", ideal=None)]
 
 
 def _one_by_one(run: Callable[[Tensor], Tensor], images: Sequence[Tensor]) -> Step:

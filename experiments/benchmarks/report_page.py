@@ -22,7 +22,7 @@ EXPLAINED = (
     "Ratio is sparse over dense; of times, which are taken in alternation, it is the median over the pairs, and the "
     "middle half of the pairs lies within the range beside it. Ideal is what it would be if only the arithmetic "
     "counted (of a file: only its live values); of ideal is 100 % where all of that is gained. MACs of live weights "
-    "only are a lower bound: a dense kernel computes with single dead weights as well."
+    "only count where kernels skip dead weights (--kernels auto); a dense kernel computes with them as well."
 )
 _LABELS, _BARS, _VALUES, _LINE = 250, 390, 120, 30
 """Pixels of the chart: width of its three columns, height of a row."""

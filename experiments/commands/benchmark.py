@@ -21,6 +21,7 @@ from experiments.benchmarks.inference import benchmark_inference
 from experiments.benchmarks.kernels import Kernels, KernelTime, benchmark_kernels, kernels_content, show_kernels
 from experiments.benchmarks.onnx import benchmark_onnx
 from experiments.benchmarks.overhead import benchmark_overhead
+from experiments.benchmarks.patterns import Kept, Patterns, benchmark_patterns
 from experiments.benchmarks.report import Report, ReportOptions, measure_report
 from experiments.benchmarks.report_page import check_page, print_report, write_page
 from experiments.benchmarks.save import Place, benchmark_save
@@ -58,6 +59,8 @@ def _title(name: str, setting: Setting) -> str:
     if "model" in COMMANDS[name].hidden:
         return f"{name}: batch {setting.batch_size}"
     sizes = f"{setting.model}, {setting.image_size} px, patch {setting.patch_size}"
+    if "batch_size" in COMMANDS[name].hidden:
+        return f"{name}: {sizes}, {setting.amp}"
     return f"{name}: {sizes}, batch {setting.batch_size}, {setting.amp}"
 
 
@@ -108,6 +111,12 @@ COMMANDS: dict[str, Command] = {
         (replace(LARGE, pairs=7, device="cpu"), Kernels()),
         show_kernel_times,
         hidden=("batch_size", "amp", "compile", "device"),
+    ),
+    "patterns": Command(
+        benchmark_patterns,
+        (replace(LARGE, device="cpu"), Patterns(), Kept()),
+        show_figures,
+        hidden=("batch_size", "compile", "device"),
     ),
     "onnx": Command(
         benchmark_onnx,

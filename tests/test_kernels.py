@@ -58,7 +58,7 @@ def expected(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) ->
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(0, 70),
-    inputs=st.integers(1, 70),
+    inputs=st.one_of(st.integers(1, 70), st.sampled_from([192, 193, 384, 400, 780])),  # of one chunk, and of several
     blocks=st.integers(1, 6),
     rows=st.sampled_from([1, 4, 8, 16, 32]),
     density=st.sampled_from([0.0, 0.02, 0.3, 0.7, 1.0]),
@@ -102,19 +102,25 @@ def test_products(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_does_not_depend_on_its_batch(kernels: library.Library, rows: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    mask = draw_mask(48, 64, rows, 0.3, generator)
-    taken = packed.pack(torch.randn(48, 64, generator=generator), mask, torch.randn(48, generator=generator))
-    x = torch.randn(133, 64, generator=generator).to(dtype)
+    mask = draw_mask(48, 500, rows, 0.3, generator)
+    taken = packed.pack(torch.randn(48, 500, generator=generator), mask, torch.randn(48, generator=generator))
+    x = torch.randn(packed.MANY_TOKENS + 133, 500, generator=generator).to(dtype)
     whole = packed.product(kernels, x, taken, "gelu")
-    for first, last in ((0, 1), (5, 18), (60, 133)):
+    for first, last in ((0, 1), (5, 18), (60, 133), (1000, 1157)):
         assert torch.equal(packed.product(kernels, x[first:last], taken, "gelu"), whole[first:last])
+
+
+def test_chunks_by_hand() -> None:
+    """Two chunks of 16 inputs for two blocks of outputs: first all of the first chunk, then all of the second."""
+    assert [packed.chunk_of(inputs, 384) for inputs in (1, 384, 385, 1536, 3072)] == [16, 384, 208, 384, 384]
+    assert packed.place_in_tile(torch.tensor([0, 15, 16, 35])).tolist() == [0, 15, 256, 515]
 
 
 def test_one_live_weight_by_hand(kernels: library.Library) -> None:
     weight = torch.tensor([[0.0, 0.0], [0.0, 3.0]])
     taken = packed.pack(weight, weight != 0, torch.tensor([1.0, -1.0]))
     assert taken.starts.tolist() == [0, 0, 1]
-    assert taken.columns.tolist() == [1]
+    assert taken.places.tolist() == [1]
     found = packed.product(kernels, torch.tensor([[5.0, 2.0], [7.0, -1.0]]), taken)
     assert found.tolist() == [[1.0, 5.0], [1.0, -4.0]]
 

@@ -43,6 +43,7 @@ class Library:
     path: Path
     functions: ctypes.CDLL
     lanes: int  #: numbers in a vector register
+    tokens: int  #: of the largest tile of a kernel for blocks
     parallel: int | None  #: address of the function that runs threads; None: one thread
 
     def __deepcopy__(self, memo: Any) -> Library:
@@ -133,15 +134,15 @@ def open_library(path: Path) -> Library:
     try:
         functions = ctypes.CDLL(str(path))
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        shared: list[Any] = [pointer, size, pointer, pointer, pointer, pointer, pointer, size, size, size, size]
+        shared: list[Any] = [pointer, size, pointer, pointer, pointer, pointer, pointer, size, size, size, size, size]
         functions.sparse_blocks.argtypes = [*shared, number, number, number, number, pointer, number]
         functions.sparse_any.argtypes = [*shared, number, number, number, pointer, number]
         functions.sparse_mask.argtypes = [pointer, pointer, size, pointer, number]
         functions.sparse_mask.restype = None
-        lanes = int(functions.sparse_lanes())
+        lanes, tokens = int(functions.sparse_lanes()), int(functions.sparse_tokens())
     except (OSError, AttributeError) as error:
         raise KernelError(f"{path} cannot be loaded ({str(error)[:200]}), so {WITHOUT}") from error
-    return Library(path, functions, lanes, _openmp())
+    return Library(path, functions, lanes, tokens, _openmp())
 
 
 def _openmp() -> int | None:

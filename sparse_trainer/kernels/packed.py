@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,32 +16,45 @@ TILES = (14, 13, 12, 10, 8, 6, 4)
 """Tokens that a kernel for blocks may hold in registers."""
 OVERHEAD = 1.2
 """What a tile costs beside its tokens, in tokens: the load of the weights, once for all of them."""
-REGISTERS_OF_TOKENS = 2
-"""Vector registers of tokens that the kernel for any mask works on."""
+MANY_TOKENS = 1024
+"""From so many on the kernel for any mask works on four vector registers of them; on two where there are fewer, so that
+fewer places are empty."""
+LINE = 16
+"""Inputs that lie side by side in the tile of a kernel for blocks, and tokens between them and the next."""
+BLOCKS_CHUNK, ANY_CHUNK = 384, 192
+"""Inputs that a kernel works on at a time, at most, so that its tile stays in the nearest cache."""
 ACTIVATIONS = {"none": 0, "gelu": 1, "relu": 2}
 DTYPES = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """The live weights of ``[out, in]``.
+    """The live weights of ``[out, in]``, by chunks of neighbouring inputs.
 
-    With ``rows`` of 1, output ``o`` has the weights ``values[starts[o]:starts[o + 1]]`` at ``columns`` of the same
-    range. With more, ``o`` is a block of ``rows`` outputs, and ``values`` are ``[n, rows]``.
+    With ``rows`` of 1, output ``o`` has in chunk ``c`` the weights ``values[starts[n]:starts[n + 1]]``,
+    ``n = c * out + o``, at ``places`` of the same range: their inputs, counted from the chunk's first. With more, ``o``
+    is a block of ``rows`` outputs, ``values`` are ``[n, rows]``, and a place is where the input lies in the kernel's
+    tile (:func:`place_in_tile`).
     """
 
     values: Tensor  #: float32
-    columns: Tensor  #: int32
+    places: Tensor  #: int32
     starts: Tensor  #: int64
     bias: Tensor | None  #: float32, padded to whole blocks
     rows: int
     outputs: int
     inputs: int
+    chunk: int  #: inputs
+
+    @property
+    def blocks(self) -> int:
+        """Of outputs."""
+        return -(-self.outputs // self.rows)
 
     @property
     def density(self) -> float:
         """Stored over all weights; those of a block that reach over the last output are not counted."""
-        return self.values.numel() / (self.inputs * (len(self.starts) - 1) * self.rows)
+        return self.values.numel() / (self.inputs * self.blocks * self.rows)
 
 
 def block_rows(mask: Tensor) -> int:
@@ -76,34 +90,59 @@ def pack(weight: Tensor, mask: Tensor, bias: Tensor | None = None, rows: int | N
     values[:outputs] = weight.detach().float() * mask
     live[:outputs] = mask
     any_row = live.view(blocks, rows, inputs).any(dim=1)
-    starts = torch.zeros(blocks + 1, dtype=torch.int64)
-    starts[1:] = any_row.sum(dim=1).cumsum(0)
-    block, column = any_row.nonzero(as_tuple=True)
+    chunk = chunk_of(inputs, BLOCKS_CHUNK if rows > 1 else ANY_CHUNK)
+    firsts = range(0, inputs, chunk)
+    found = [any_row[:, first : first + chunk].nonzero(as_tuple=True) for first in firsts]
+    block = torch.cat([rows_of for rows_of, _ in found])
+    within = torch.cat([columns for _, columns in found])
+    column = torch.cat([columns + first for first, (_, columns) in zip(firsts, found, strict=True)])
+    counts = torch.cat([any_row[:, first : first + chunk].sum(dim=1) for first in firsts])
+    starts = torch.zeros(len(counts) + 1, dtype=torch.int64)
+    starts[1:] = counts.cumsum(0)
     padded = None
     if bias is not None:
         padded = torch.zeros(blocks * rows)
         padded[:outputs] = bias.detach().float()
     taken = values.view(blocks, rows, inputs)[block, :, column].contiguous()
-    return Packed(taken, column.int().contiguous(), starts, padded, rows, outputs, inputs)
+    places = (place_in_tile(within) if rows > 1 else within).int().contiguous()
+    return Packed(taken, places, starts, padded, rows, outputs, inputs, chunk)
+
+
+def chunk_of(inputs: int, most: int) -> int:
+    """Inputs of a chunk: even parts of at most so many, in whole lines."""
+    parts = max(1, math.ceil(inputs / most))
+    return max(LINE, math.ceil(inputs / parts / LINE) * LINE)
+
+
+def place_in_tile(column: Tensor) -> Tensor:
+    """Where an input of the first token lies in ``[in / LINE, LINE tokens, LINE]``."""
+    return column // LINE * LINE**2 + column % LINE
 
 
 def unpack(packed: Packed) -> Tensor:
     """The dense matrix ``[out, in]``, float32: the inverse of :func:`pack`."""
-    blocks = len(packed.starts) - 1
+    blocks, chunks = packed.blocks, (len(packed.starts) - 1) // packed.blocks
     dense = torch.zeros(blocks, packed.rows, packed.inputs)
-    block = torch.repeat_interleave(torch.arange(blocks), packed.starts.diff())
-    dense[block, :, packed.columns.long()] = packed.values.view(-1, packed.rows)
+    part = torch.repeat_interleave(torch.arange(blocks * chunks), packed.starts.diff())
+    column = packed.places.long()
+    if packed.rows > 1:
+        column = column // LINE**2 * LINE + column % LINE
+    dense[part % blocks, :, column + part // blocks * packed.chunk] = packed.values.view(-1, packed.rows)
     return dense.view(-1, packed.inputs)[: packed.outputs].contiguous()
 
 
-def tile_of(tokens: int, threads: int) -> int:
-    """Tokens of a tile, so that threads end together and few places stay empty. Results do not depend on it."""
+def tile_of(tokens: int, threads: int, most: int = TILES[0]) -> int:
+    """Tokens of a tile, so that threads end together and few places stay empty. Results do not depend on it.
+
+    Args:
+        most: tokens that fit the registers.
+    """
 
     def cost(tile: int) -> float:
         tiles = -(-tokens // tile)
         return -(-tiles // threads) * (tile + OVERHEAD)
 
-    return min(TILES, key=cost)
+    return min((tile for tile in TILES if tile <= most), key=cost)
 
 
 @torch.compiler.disable
@@ -131,7 +170,7 @@ def product(library: Library, x: Tensor, packed: Packed, activation: str = "none
         x.data_ptr(),
         x.stride(0),
         packed.values.data_ptr(),
-        packed.columns.data_ptr(),
+        packed.places.data_ptr(),
         packed.starts.data_ptr(),
         packed.bias.data_ptr() if packed.bias is not None else None,
         y.data_ptr(),
@@ -139,11 +178,13 @@ def product(library: Library, x: Tensor, packed: Packed, activation: str = "none
         tokens,
         packed.inputs,
         packed.outputs,
+        packed.chunk,
     )
     last = (int(x.dtype == torch.bfloat16), ACTIVATIONS[activation], library.parallel, threads)
     if packed.rows == 1:
-        failed = library.functions.sparse_any(*shared, REGISTERS_OF_TOKENS, *last)
+        failed = library.functions.sparse_any(*shared, 4 if tokens >= MANY_TOKENS else 2, *last)
     else:
-        failed = library.functions.sparse_blocks(*shared, packed.rows, tile_of(tokens, threads), *last)
+        tile = tile_of(tokens, threads, library.tokens)
+        failed = library.functions.sparse_blocks(*shared, packed.rows, tile, *last)
     assert not failed, f"no kernel for blocks of {packed.rows} rows"
     return y

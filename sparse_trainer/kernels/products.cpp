@@ -4,15 +4,17 @@
 // few) holds a block's outputs, and each live input costs one load of R weights and one multiply-add for each token of a
 // tile. *Any mask* (1x1): the vectors run over the tokens of a tile instead, and each live weight is broadcast.
 //
-// Both read a tile of tokens that was transposed once, [in, tile], so that what a live input needs lies together. Every
-// token goes through the same operations in the same order, whatever stands beside it: its result does not depend on the
-// batch. Tiles are worked on by the threads of the OpenMP runtime that the caller hands over; without one, by this thread.
+// The first copies a tile of tokens, 16 inputs of each token side by side in a line of cache; the second transposes it,
+// [in, tile]. Both work on some hundred inputs at a time, so that the tile stays in the nearest cache. Every token goes
+// through the same operations in the same order, whatever stands beside it: its result does not depend on the batch. Tiles
+// are worked on by the threads of the OpenMP runtime that the caller hands over; without one, by this thread.
 //
 // Vectors are those of GCC and Clang, as wide as the target's registers. Nothing here knows torch or Python.
 
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace {
 
@@ -24,16 +26,21 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
-template <int N> struct VectorOf { typedef float type __attribute__((vector_size(N * 4), aligned(4))); };
+// Tokens whose sums fit the vector registers, 32 or 16 of them, beside a weight.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int MOST_TOKENS = 14;
+#else
+constexpr int MOST_TOKENS = 12;
+#endif
+
+template <int N> struct VectorOf { typedef float type __attribute__((vector_size(N * 4), aligned(4), may_alias)); };
 template <int N> using Vector = typename VectorOf<N>::type;
 
-template <int N> inline Vector<N> load(const float *from) {
-  Vector<N> value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
+// Through the pointer, since a compiler that prefers half registers makes two moves and a detour over memory of a memcpy:
+// twenty times slower.
+template <int N> inline Vector<N> load(const float *from) { return *reinterpret_cast<const Vector<N> *>(from); }
 
-template <int N> inline void store(float *to, Vector<N> value) { std::memcpy(to, &value, sizeof value); }
+template <int N> inline void store(float *to, Vector<N> value) { *reinterpret_cast<Vector<N> *>(to) = value; }
 
 template <int N> inline Vector<N> broadcast(float value) { return value - Vector<N>{}; }
 
@@ -105,22 +112,72 @@ template <int N> inline Vector<N> activate(Vector<N> x, int activation) {
 
 // Tiles ---------------------------------------------------------------------------------------------------------------
 
-// tokens [count, in] of a sheet -> tile [in, width], the places behind the last token 0.
-template <class T> void transpose_tile(const T *x, int64_t stride, int count, int64_t in, int width, float *tile) {
-  constexpr int BLOCK = 16;
-  for (int64_t c0 = 0; c0 < in; c0 += BLOCK) {
-    const int columns = in - c0 < BLOCK ? int(in - c0) : BLOCK;
+constexpr int LINE = 16;  // inputs in a line of cache; the tile of a block kernel holds LINE tokens of each of them
+
+template <int N> inline Vector<N> load_wide(const float *from) { return load<N>(from); }
+template <int N> inline Vector<N> load_wide(const BFloat16 *from) {
+  float wide[N];
+  for (int i = 0; i < N; i++) wide[i] = widen(from[i]);
+  return load<N>(wide);
+}
+
+// Tokens [count, in] of a sheet -> tile [in / LINE, LINE tokens, LINE]; those from `count` to `width` are 0.
+template <class E> void copy_tile(const E *x, int64_t stride, int count, int width, int64_t in, float *tile) {
+  for (int64_t c = 0; c < in; c += LINE, tile += LINE * LINE) {
+    const int columns = in - c < LINE ? int(in - c) : LINE;
     for (int t = 0; t < count; t++) {
-      const T *row = x + t * stride + c0;
-      float *to = tile + c0 * width + t;
-      if (columns == BLOCK)
-        for (int c = 0; c < BLOCK; c++) to[c * width] = widen(row[c]);
+      const E *from = x + t * stride + c;
+      if (columns == LINE)
+        for (int i = 0; i < LINE; i += LANES) store<LANES>(tile + t * LINE + i, load_wide<LANES>(from + i));
       else
-        for (int c = 0; c < columns; c++) to[c * width] = widen(row[c]);
+        for (int i = 0; i < columns; i++) tile[t * LINE + i] = widen(from[i]);
     }
-    if (count < width)
-      for (int c = 0; c < columns; c++)
-        for (int t = count; t < width; t++) tile[(c0 + c) * width + t] = 0.0f;
+    for (int t = count; t < width; t++)
+      for (int i = 0; i < LINE; i++) tile[t * LINE + i] = 0.0f;
+  }
+}
+
+#if defined(__clang__) || __GNUC__ >= 12
+// Of a square of N vectors, exchange the blocks of S rows and columns that lie across the diagonal.
+template <int N, int S, size_t... J> inline void exchange(Vector<N> &a, Vector<N> &b, std::index_sequence<J...>) {
+  const Vector<N> first = __builtin_shufflevector(a, b, (J & S ? int(J) - S + N : int(J))...);
+  b = __builtin_shufflevector(a, b, (J & S ? int(J) + N : int(J) + S)...);
+  a = first;
+}
+
+template <int N, int S> inline void transpose(Vector<N> *rows) {
+  if constexpr (S > 0) {
+    for (int i = 0; i < N; i++)
+      if (!(i & S)) exchange<N, S>(rows[i], rows[i + S], std::make_index_sequence<N>());
+    transpose<N, S / 2>(rows);
+  }
+}
+#else
+template <int N, int S> inline void transpose(Vector<N> *rows) {
+  float plain[N][N];
+  for (int i = 0; i < N; i++) store<N>(plain[i], rows[i]);
+  for (int i = 0; i < N; i++)
+    for (int j = 0; j < N; j++) rows[i][j] = plain[j][i];
+}
+#endif
+
+// Tokens [count, in] of a sheet -> tile [in, width], the places behind the last token 0. `width` is whole registers.
+template <class E> void transpose_tile(const E *x, int64_t stride, int count, int64_t in, int width, float *tile) {
+  for (int t0 = 0; t0 < width; t0 += LANES) {
+    const int tokens = count - t0 < 0 ? 0 : count - t0 < LANES ? count - t0 : LANES;
+    for (int64_t c = 0; c < in; c += LANES) {
+      float *to = tile + c * width + t0;
+      if (in - c >= LANES) {
+        Vector<LANES> square[LANES];
+        for (int t = 0; t < LANES; t++)
+          square[t] = t < tokens ? load_wide<LANES>(x + (t0 + t) * stride + c) : Vector<LANES>{};
+        transpose<LANES, LANES / 2>(square);
+        for (int i = 0; i < LANES; i++) store<LANES>(to + i * width, square[i]);
+      } else {
+        for (int64_t i = 0; i < in - c; i++)
+          for (int t = 0; t < LANES; t++) to[i * width + t] = t < tokens ? widen(x[(t0 + t) * stride + c + i]) : 0.0f;
+      }
+    }
   }
 }
 
@@ -131,69 +188,70 @@ struct Job {
   int64_t tiles;
   const void *x, *weights, *columns, *starts, *bias;
   void *y;
-  int64_t tokens, in, out, x_stride, y_stride, buffer;
-  int tile, activation;
+  int64_t tokens, in, out, x_stride, y_stride, chunk, buffer;
+  int activation;
 };
 
 // Rows in blocks ------------------------------------------------------------------------------------------------------
 
-constexpr int ROW = 16;  // places of a tile for each input: a line of cache
+constexpr int AHEAD = 8;  // weights that are fetched in advance
 
-template <int R, int T, class E>
-inline void block_of_outputs(const float *tile, const float *weights, const int32_t *columns, int64_t live,
-                             const float *bias, int activation, E *y, int64_t y_stride, int valid, int outputs) {
-  constexpr int N = R < LANES ? R : LANES;
-  constexpr int V = R / N;
-  Vector<N> sums[T][V];
-  for (int v = 0; v < V; v++) {
-    const Vector<N> first = bias ? load<N>(bias + v * N) : Vector<N>{};
-    for (int t = 0; t < T; t++) sums[t][v] = first;
+// N outputs of a block for T tokens, over the live inputs of a chunk. The sums begin as `bias` or go on from `sums`, and go
+// to `sums` or, after the last chunk, to y.
+template <int R, int N, int T, class E>
+inline void outputs_of(const float *tile, const float *weights, const int32_t *places, int64_t live, const float *bias,
+                       bool first, bool last, float *sums, int activation, E *y, int64_t y_stride, int valid,
+                       int outputs) {
+  Vector<N> s[T];
+  if (first) {
+    const Vector<N> start = bias ? load<N>(bias) : Vector<N>{};
+    for (int t = 0; t < T; t++) s[t] = start;
+  } else {
+    for (int t = 0; t < T; t++) s[t] = load<N>(sums + t * R);
   }
-  for (int64_t i = 0; i < live; i++) {
-    const float *x = tile + int64_t(columns[i]) * ROW;
-    for (int v = 0; v < V; v++) {
-      const Vector<N> w = load<N>(weights + i * R + v * N);
-      for (int t = 0; t < T; t++) sums[t][v] += w * x[t];
-    }
+  for (int64_t i = 0; i < live; i++, weights += R) {
+    const float *x = tile + places[i];
+    const Vector<N> w = load<N>(weights);
+    __builtin_prefetch(weights + AHEAD * R);
+    for (int t = 0; t < T; t++) s[t] += w * x[t * LINE];
   }
-  for (int t = 0; t < T; t++) {
-    if (t >= valid) break;
-    for (int v = 0; v < V; v++)
-      if (outputs > v * N) store_outputs<N>(y + t * y_stride + v * N, activate<N>(sums[t][v], activation), outputs - v * N);
+  if (!last) {
+    for (int t = 0; t < T; t++) store<N>(sums + t * R, s[t]);
+  } else if (valid == T && outputs >= N) {
+    for (int t = 0; t < T; t++) store_outputs<N>(y + t * y_stride, activate<N>(s[t], activation), N);
+  } else {
+    float plain[T][N];  // so that the sums need no address on the usual way
+    for (int t = 0; t < T; t++) store<N>(plain[t], activate<N>(s[t], activation));
+    for (int t = 0; t < valid; t++)
+      if (outputs > 0) store_outputs<N>(y + t * y_stride, load<N>(plain[t]), outputs);
   }
 }
 
-template <int R, int T, class E> void blocks_work(Job *job, float *buffer) {
-  const int64_t groups = (job->out + R - 1) / R;
+template <int R, int T, class E> void blocks_work(Job *job, float *tile) {
+  constexpr int N = R < LANES ? R : LANES;
+  const int64_t groups = (job->out + R - 1) / R, chunks = (job->in + job->chunk - 1) / job->chunk;
   const E *x = static_cast<const E *>(job->x);
   E *y = static_cast<E *>(job->y);
   const float *weights = static_cast<const float *>(job->weights);
-  const int32_t *columns = static_cast<const int32_t *>(job->columns);
+  const int32_t *places = static_cast<const int32_t *>(job->columns);
   const int64_t *starts = static_cast<const int64_t *>(job->starts);
   const float *bias = static_cast<const float *>(job->bias);
-  // Several tiles at a time, so that the weights of a block are read from the nearest cache.
-  const int64_t size = job->in * ROW;
-  const int64_t together = job->buffer / size > 0 ? job->buffer / size : 1;
-  const int64_t rounds = (job->tiles + together - 1) / together;
+  float *sums = tile + (job->chunk + LINE - 1) / LINE * LINE * LINE;
   for (;;) {
-    const int64_t round = job->next.fetch_add(1, std::memory_order_relaxed);
-    if (round >= rounds) return;
-    const int64_t first = round * together;
-    const int64_t last = first + together < job->tiles ? first + together : job->tiles;
-    for (int64_t k = first; k < last; k++) {
-      const int64_t token = k * T;
-      const int valid = job->tokens - token < T ? int(job->tokens - token) : T;
-      transpose_tile(x + token * job->x_stride, job->x_stride, valid, job->in, ROW, buffer + (k - first) * size);
-    }
-    for (int64_t g = 0; g < groups; g++) {
-      const int64_t start = starts[g], live = starts[g + 1] - start;
-      const int outputs = job->out - g * R < R ? int(job->out - g * R) : R;
-      for (int64_t k = first; k < last; k++) {
-        const int64_t token = k * T;
-        const int valid = job->tokens - token < T ? int(job->tokens - token) : T;
-        block_of_outputs<R, T>(buffer + (k - first) * size, weights + start * R, columns + start, live,
-                               bias ? bias + g * R : nullptr, job->activation, y + token * job->y_stride + g * R,
-                               job->y_stride, valid, outputs);
+    const int64_t k = job->next.fetch_add(1, std::memory_order_relaxed);
+    if (k >= job->tiles) return;
+    const int64_t token = k * T;
+    const int valid = job->tokens - token < T ? int(job->tokens - token) : T;
+    for (int64_t c = 0; c < chunks; c++) {
+      const int64_t from = c * job->chunk, inputs = job->in - from < job->chunk ? job->in - from : job->chunk;
+      copy_tile(x + token * job->x_stride + from, job->x_stride, valid, T, inputs, tile);
+      for (int64_t g = 0; g < groups; g++) {
+        const int64_t start = starts[c * groups + g], live = starts[c * groups + g + 1] - start;
+        for (int v = 0; v < R; v += N)
+          outputs_of<R, N, T>(tile, weights + start * R + v, places + start, live, bias ? bias + g * R + v : nullptr,
+                              c == 0, c == chunks - 1, sums + g * R * T + v, job->activation,
+                              y + token * job->y_stride + g * R + v, job->y_stride, valid,
+                              int(job->out - g * R) - v);
       }
     }
   }
@@ -203,7 +261,7 @@ template <int R, int T, class E> void blocks_work(Job *job, float *buffer) {
 
 constexpr int OUTPUTS = 16;  // that are written together
 
-template <int V, class E> void any_work(Job *job, float *buffer) {
+template <int V, class E> void any_work(Job *job, float *tile) {
   constexpr int T = V * LANES;
   const E *x = static_cast<const E *>(job->x);
   E *y = static_cast<E *>(job->y);
@@ -211,58 +269,63 @@ template <int V, class E> void any_work(Job *job, float *buffer) {
   const int32_t *columns = static_cast<const int32_t *>(job->columns);
   const int64_t *starts = static_cast<const int64_t *>(job->starts);
   const float *bias = static_cast<const float *>(job->bias);
+  const int64_t chunks = (job->in + job->chunk - 1) / job->chunk;
+  float *sums = tile + job->chunk * T;
   float results[OUTPUTS * T];
   for (;;) {
     const int64_t k = job->next.fetch_add(1, std::memory_order_relaxed);
     if (k >= job->tiles) return;
     const int64_t token = k * T;
     const int valid = job->tokens - token < T ? int(job->tokens - token) : T;
-    transpose_tile(x + token * job->x_stride, job->x_stride, valid, job->in, T, buffer);
-    for (int64_t o0 = 0; o0 < job->out; o0 += OUTPUTS) {
-      const int outputs = job->out - o0 < OUTPUTS ? int(job->out - o0) : OUTPUTS;
-      int o = 0;
-      for (; o + 1 < outputs; o += 2) {  // two at a time: each hides the latency of the other
-        Vector<LANES> a[V], b[V];
-        const float first = bias ? bias[o0 + o] : 0.0f, second = bias ? bias[o0 + o + 1] : 0.0f;
-        for (int v = 0; v < V; v++) a[v] = broadcast<LANES>(first), b[v] = broadcast<LANES>(second);
-        int64_t i = starts[o0 + o], j = starts[o0 + o + 1];
-        const int64_t i_end = j, j_end = starts[o0 + o + 2];
-        for (; i < i_end && j < j_end; i++, j++) {
-          const float *xi = buffer + int64_t(columns[i]) * T, *xj = buffer + int64_t(columns[j]) * T;
-          const float wi = weights[i], wj = weights[j];
-          for (int v = 0; v < V; v++) a[v] += wi * load<LANES>(xi + v * LANES);
-          for (int v = 0; v < V; v++) b[v] += wj * load<LANES>(xj + v * LANES);
+    for (int64_t c = 0; c < chunks; c++) {
+      const int64_t from = c * job->chunk, inputs = job->in - from < job->chunk ? job->in - from : job->chunk;
+      const int64_t *begin = starts + c * job->out;
+      transpose_tile(x + token * job->x_stride + from, job->x_stride, valid, inputs, T, tile);
+      for (int64_t o0 = 0; o0 < job->out; o0 += OUTPUTS) {
+        const int outputs = job->out - o0 < OUTPUTS ? int(job->out - o0) : OUTPUTS;
+        float *to = c == chunks - 1 ? results : sums + o0 * T;
+        for (int o = 0; o < outputs; o += 2) {  // two at a time: each hides the latency of the other
+          const bool two = o + 1 < outputs;
+          Vector<LANES> a[V], b[V];
+          if (c == 0) {
+            const float first = bias ? bias[o0 + o] : 0.0f, second = bias && two ? bias[o0 + o + 1] : 0.0f;
+            for (int v = 0; v < V; v++) a[v] = broadcast<LANES>(first), b[v] = broadcast<LANES>(second);
+          } else {
+            const float *so_far = sums + (o0 + o) * T;
+            for (int v = 0; v < V; v++) a[v] = load<LANES>(so_far + v * LANES);
+            for (int v = 0; v < V; v++) b[v] = two ? load<LANES>(so_far + T + v * LANES) : Vector<LANES>{};
+          }
+          int64_t i = begin[o0 + o], j = begin[o0 + o + 1];
+          const int64_t i_end = j, j_end = two ? begin[o0 + o + 2] : j;
+          for (; i < i_end && j < j_end; i++, j++) {
+            const float *xi = tile + int64_t(columns[i]) * T, *xj = tile + int64_t(columns[j]) * T;
+            const float wi = weights[i], wj = weights[j];
+            for (int v = 0; v < V; v++) a[v] += wi * load<LANES>(xi + v * LANES);
+            for (int v = 0; v < V; v++) b[v] += wj * load<LANES>(xj + v * LANES);
+          }
+          for (; i < i_end; i++)
+            for (int v = 0; v < V; v++) a[v] += weights[i] * load<LANES>(tile + int64_t(columns[i]) * T + v * LANES);
+          for (; j < j_end; j++)
+            for (int v = 0; v < V; v++) b[v] += weights[j] * load<LANES>(tile + int64_t(columns[j]) * T + v * LANES);
+          const int activation = c == chunks - 1 ? job->activation : int(NONE);
+          for (int v = 0; v < V; v++) store<LANES>(to + o * T + v * LANES, activate<LANES>(a[v], activation));
+          if (two)
+            for (int v = 0; v < V; v++) store<LANES>(to + (o + 1) * T + v * LANES, activate<LANES>(b[v], activation));
         }
-        for (; i < i_end; i++)
-          for (int v = 0; v < V; v++) a[v] += weights[i] * load<LANES>(buffer + int64_t(columns[i]) * T + v * LANES);
-        for (; j < j_end; j++)
-          for (int v = 0; v < V; v++) b[v] += weights[j] * load<LANES>(buffer + int64_t(columns[j]) * T + v * LANES);
-        for (int v = 0; v < V; v++) {
-          store<LANES>(results + o * T + v * LANES, activate<LANES>(a[v], job->activation));
-          store<LANES>(results + (o + 1) * T + v * LANES, activate<LANES>(b[v], job->activation));
+        if (c < chunks - 1) continue;
+        for (int t = 0; t < valid; t++) {
+          E *out = y + (token + t) * job->y_stride + o0;
+          if (outputs == OUTPUTS)
+            for (int n = 0; n < OUTPUTS; n++) narrow(results[n * T + t], out + n);
+          else
+            for (int n = 0; n < outputs; n++) narrow(results[n * T + t], out + n);
         }
-      }
-      for (; o < outputs; o++) {
-        Vector<LANES> a[V];
-        for (int v = 0; v < V; v++) a[v] = broadcast<LANES>(bias ? bias[o0 + o] : 0.0f);
-        for (int64_t i = starts[o0 + o]; i < starts[o0 + o + 1]; i++)
-          for (int v = 0; v < V; v++) a[v] += weights[i] * load<LANES>(buffer + int64_t(columns[i]) * T + v * LANES);
-        for (int v = 0; v < V; v++) store<LANES>(results + o * T + v * LANES, activate<LANES>(a[v], job->activation));
-      }
-      for (int t = 0; t < valid; t++) {
-        E *to = y + (token + t) * job->y_stride + o0;
-        if (outputs == OUTPUTS)
-          for (int n = 0; n < OUTPUTS; n++) narrow(results[n * T + t], to + n);
-        else
-          for (int n = 0; n < outputs; n++) narrow(results[n * T + t], to + n);
       }
     }
   }
 }
 
 // Threads -------------------------------------------------------------------------------------------------------------
-
-constexpr int64_t FLOATS = 64 * 1024;  // of tiles that a thread holds at least room for: a quarter of a MiB
 
 typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel of an OpenMP runtime
 
@@ -274,8 +337,9 @@ void thread_main(void *pointer) {
   delete[] buffer;
 }
 
-void run(Job *job, int64_t least, void *parallel, int threads) {
-  job->buffer = least > FLOATS ? least : FLOATS;
+// Each thread has room for a tile and, where inputs come in several chunks, for the sums so far.
+void run(Job *job, int64_t tile, int64_t sums, void *parallel, int threads) {
+  job->buffer = tile + (job->chunk < job->in ? sums : 0);
   job->next = 0;
   if (parallel && threads > 1 && job->tiles > 1)
     reinterpret_cast<Parallel>(parallel)(thread_main, job, unsigned(threads), 0u);
@@ -347,43 +411,36 @@ void sparse_mask(float *values, const uint8_t *live, int64_t size, void *paralle
     mask_thread(&job);
 }
 
-// Numbers of a vector register of this build.
+// Numbers of a vector register of this build, and the tokens of the largest tile.
 int sparse_lanes() { return LANES; }
+int sparse_tokens() { return MOST_TOKENS; }
 
-// Rows in blocks of `rows`: block g has the live inputs columns[starts[g]..starts[g + 1]), each with `rows` weights.
-// `bias` and `weights` are padded to whole blocks. `tile` tokens at a time. Returns 0, or 1 where there is no such kernel.
-int sparse_blocks(const void *x, int64_t x_stride, const float *weights, const int32_t *columns, const int64_t *starts,
-                  const float *bias, void *y, int64_t y_stride, int64_t tokens, int64_t in, int64_t out, int rows,
-                  int tile, int half, int activation, void *parallel, int threads) {
+// Inputs come in chunks of `chunk`, a multiple of 16. Rows in blocks of `rows`: block g has, in chunk c, the live inputs
+// starts[n] .. starts[n + 1], n = c * blocks + g, each with `rows` weights, and `places` where they lie in the tile:
+// input / 16 * 256 + input % 16, counted from the chunk's first. `bias` and `weights` are padded to whole blocks. `tile`
+// tokens at a time. Returns 0, or 1 where there is no such kernel.
+int sparse_blocks(const void *x, int64_t x_stride, const float *weights, const int32_t *places, const int64_t *starts,
+                  const float *bias, void *y, int64_t y_stride, int64_t tokens, int64_t in, int64_t out, int64_t chunk,
+                  int rows, int tile, int half, int activation, void *parallel, int threads) {
   Work work = half ? blocks_of<BFloat16>(rows, tile) : blocks_of<float>(rows, tile);
   if (!work) return 1;
-  Job job{work, {0}, (tokens + tile - 1) / tile, x, weights, columns, starts, bias, y,
-          tokens, in, out, x_stride, y_stride, 0, tile, activation};
-  // No more than an even share of the tiles at a time, so that all threads have work.
-  const int64_t share = threads > 0 ? (job.tiles + threads - 1) / threads : job.tiles;
-  int64_t together = FLOATS / (in * ROW);
-  const int64_t rounds = together > 0 ? (share + together - 1) / together : share;
-  together = rounds > 0 ? (share + rounds - 1) / rounds : 1;
-  if (together < 1) together = 1;
-  job.buffer = together * in * ROW;
-  job.next = 0;
-  if (parallel && threads > 1 && job.tiles > together)
-    reinterpret_cast<Parallel>(parallel)(thread_main, &job, unsigned(threads), 0u);
-  else
-    thread_main(&job);
+  Job job{work, {0}, (tokens + tile - 1) / tile, x, weights, places, starts, bias, y,
+          tokens, in, out, x_stride, y_stride, chunk, 0, activation};
+  run(&job, (chunk + LINE - 1) / LINE * LINE * LINE, (out + rows - 1) / rows * rows * tile, parallel, threads);
   return 0;
 }
 
-// Any mask: output o has the live inputs columns[starts[o]..starts[o + 1]). `vectors` registers of tokens at a time.
+// Any mask: output o has, in chunk c, the live inputs columns[starts[n] .. starts[n + 1]], n = c * out + o, counted from the
+// chunk's first. `vectors` registers of tokens at a time.
 int sparse_any(const void *x, int64_t x_stride, const float *weights, const int32_t *columns, const int64_t *starts,
-               const float *bias, void *y, int64_t y_stride, int64_t tokens, int64_t in, int64_t out, int vectors,
-               int half, int activation, void *parallel, int threads) {
+               const float *bias, void *y, int64_t y_stride, int64_t tokens, int64_t in, int64_t out, int64_t chunk,
+               int vectors, int half, int activation, void *parallel, int threads) {
   Work work = half ? any_of<BFloat16>(vectors) : any_of<float>(vectors);
   if (!work) return 1;
   const int tile = vectors * LANES;
   Job job{work, {0}, (tokens + tile - 1) / tile, x, weights, columns, starts, bias, y,
-          tokens, in, out, x_stride, y_stride, 0, tile, activation};
-  run(&job, in * tile, parallel, threads);
+          tokens, in, out, x_stride, y_stride, chunk, 0, activation};
+  run(&job, chunk * tile, (out + OUTPUTS) / OUTPUTS * OUTPUTS * tile, parallel, threads);
   return 0;
 }
 }

@@ -94,12 +94,15 @@ def run_command(name: str, command: Callable[[], int]) -> int:
         return INTERRUPTED
 
 
-def print_table(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Two columns, names and values."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
+def print_table(
+    console: Console, title: str, rows: Iterable[tuple[str, ...]], headings: tuple[str, ...] = ("", "")
+) -> None:
+    """Names and values; several values where there are headings for them."""
+    table = Table(title=title, title_justify="left", show_header=any(headings))
+    table.add_column(headings[0], no_wrap=True)
+    for heading in headings[1:]:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     console.print()
     console.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -61,7 +62,7 @@ def plan(model: nn.Module, config: SparsityConfig, given: LiveNetwork | None = N
     if config.structured:
         blocks = find_blocks(model)
         heads = {n: count_units(config.head_density, b.heads.count(), "head") for n, b in blocks.items()}
-        neurons = {n: count_units(config.neuron_density, b.neurons.count(), "neuron") for n, b in blocks.items()}
+        neurons = {n: _neurons_of(config, b.neurons.count()) for n, b in blocks.items()}
         notes += _roundings(config, blocks, heads, neurons)
         shapes = compact_shapes(shapes, blocks, heads, neurons)
     live = None
@@ -77,6 +78,16 @@ def plan(model: nn.Module, config: SparsityConfig, given: LiveNetwork | None = N
             notes.append(f"pattern: {config.pattern} does not divide {', '.join(odd[:3])}; single weights there")
         notes += whole_blocks(counts, {name: _numel(shape) for name, shape in shapes.items()}, patterns)[1]
     return Plan(prunable, live, heads, neurons, tuple(notes))
+
+
+def _neurons_of(config: SparsityConfig, dense: int) -> int:
+    """Live neurons of a block: in whole blocks of the pattern, where that divides the dense layers."""
+    count = count_units(config.neuron_density, dense, "neuron")
+    if not config.masks_weights:
+        return count
+    pattern = read_pattern(config.pattern)
+    whole = math.lcm(pattern.rows, pattern.columns)
+    return count if dense % whole else min(max(1, round(count / whole)) * whole, dense)
 
 
 def compact_shapes(

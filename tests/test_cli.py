@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,10 +15,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from experiments.__main__ import commands, main
+from experiments.commands.conclusion import dense_accuracy, is_unchanged
 from experiments.commands.train_help import MATTER
-from experiments.config.reading import RECORDS, load_config
+from experiments.config.reading import RECORDS, load_config, recipes
+from experiments.evaluation.speed import images_per_second
 from experiments.run_folder.folder import RunFolder
 from models.selector_config import SelectorConfig
 from sparse_trainer import SparsityConfig
@@ -247,3 +253,44 @@ def test_help_on_a_section_has_all_its_settings(section: str, capsys: pytest.Cap
 def test_help_on_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--help", "weather"]) == 2
     assert "there is no section 'weather'; there are model, data," in last_line(capsys)
+
+
+def test_the_dense_network_stands_beside_the_result(tmp_path: Path) -> None:
+    """Its accuracy is known for a recipe as it is, whatever the seed; of any other run it is said how to find out."""
+    plain = load_config(recipes()["quickstart"])
+    assert re.fullmatch(r"top-1 \d\d\.\d\d % \(mean of \d seeds\)", dense_accuracy(plain))
+    for section, changes in (("training", {"seed": 3}), ("output", {"name": "mine"}), ("training", {"amp": "float32"})):
+        changed = dataclasses.replace(getattr(plain, section), **changes)
+        assert is_unchanged(dataclasses.replace(plain, **{section: changed}))
+    for section, changes in (("training", {"epochs": 2}), ("optimizer", {"lr": 1.0}), ("data", {"batch_size": 8})):
+        changed = dataclasses.replace(getattr(plain, section), **changes)
+        other = dataclasses.replace(plain, **{section: changed})
+        assert dense_accuracy(other) == "not known: train it with --sparsity null --selector null"
+    assert dense_accuracy(dataclasses.replace(plain, sparsity=None, selector=None)) == ""
+    assert not is_unchanged(dataclasses.replace(plain, recipe="mine"))
+
+
+def test_speeds_are_medians_of_networks_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first round does not count, and each network is left in the mode it was in."""
+    calls: list[str] = []
+
+    class Network(torch.nn.Module):
+        def __init__(self, name: str, seconds: float) -> None:
+            super().__init__()
+            self.name, self.seconds = name, seconds
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            assert not self.training
+            calls.append(self.name)
+            now[0] += self.seconds
+            return images
+
+    now = [0.0]
+    monkeypatch.setattr("experiments.evaluation.speed.time.perf_counter", lambda: now[0])
+    slow, fast = Network("slow", 0.5), Network("fast", 0.25).eval()
+    found = images_per_second((slow, fast), torch.zeros(2, 1), contextlib.nullcontext)
+    assert found == [4.0, 8.0]
+    assert calls[:4] == ["slow", "fast", "slow", "fast"]
+    assert len(calls) == 2 * 6  # rounds of 0.75 seconds; none begins after 4
+    assert slow.training
+    assert not fast.training

@@ -263,3 +263,20 @@ def test_dead_weights_become_exactly_0() -> None:
         assert values.tolist() == [1.0, 0.0, 0.0, 0.0, 2.0, 0.0]
         assert not torch.signbit(values).any()
         assert values._version > version  # autograd and enforcement see the write
+
+
+@pytest.mark.filterwarnings("ignore:pattern. .* does not divide")
+def test_neurons_come_in_whole_blocks(tiny_deit: Factory) -> None:
+    """Else no layer of the MLP would have the pattern."""
+    with pytest.warns(UserWarning, match=r"neuron_density: 0\.6 of 96 neurons is rounded to 64 "):
+        scheduler = SparsityScheduler(
+            tiny_deit(),
+            SparsityConfig(pattern="16x1", density=0.3, neuron_density=0.6, updates=0),
+            total_steps=9,
+        )
+    assert {len(live) for live in scheduler.live_neurons.values()} == {64}  # 57.6 is 3.6 blocks of 16
+    assert scheduler._weights is not None
+    assert not scheduler._weights.patterns["blocks.0.mlp.fc1.weight"].single
+    assert scheduler.budget.live == round(0.3 * scheduler.budget.total)
+    plain = SparsityScheduler(tiny_deit(), SparsityConfig(density=0.3, neuron_density=0.6, updates=0), total_steps=9)
+    assert {len(live) for live in plain.live_neurons.values()} == {58}

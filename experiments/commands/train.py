@@ -15,20 +15,20 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from experiments.commands.conclusion import conclude
 from experiments.commands.train_help import HELP, help_text, topic_of
 from experiments.commands.train_request import Request, origin_of
 from experiments.config.reading import load_config, naming, to_yaml
 from experiments.config.run_config import RunConfig
 from experiments.data.create_data import Data, create_data
 from experiments.errors import ConfigError
-from experiments.evaluation.measuring import describe_tokens, missed_target
 from experiments.processes.processes import ALONE, Processes, join_processes
 from experiments.processes.shared_failure import FailedElsewhere, speaks, together
 from experiments.processes.signals import StoppedAtOnce, StopRequest, exit_code, stop_on_signals
 from experiments.run_folder.folder import RunFolder, create_run_folder
 from experiments.run_folder.lock import RunLock
 from experiments.run_folder.random_states import deterministic_algorithms
-from experiments.terminal import FAILED, WRONG, Display, create_console, print_table, run_command
+from experiments.terminal import FAILED, WRONG, Display, create_console, run_command
 from experiments.training.continuation import describe_changes, start_from
 from experiments.training.loop import Loop, Stopped, describe
 from experiments.training.trainer import Trainer, TrainingError
@@ -145,7 +145,7 @@ def _train(
         console.print(f"{folder.path} ended before its first step; it begins anew", soft_wrap=True, markup=False)
     if loop.complete:
         console.print("the run is complete", soft_wrap=True)
-        _conclude(loop, console)
+        conclude(loop, console)
         return 0
     _introduce(trainer, folder, console)
     try:
@@ -167,7 +167,7 @@ def _train(
         if lost or isinstance(error, TrainingError):
             raise TrainingError(f"{ALONE_NOW if lost else error}{_saved(loop)}") from error
         raise
-    _conclude(loop, console)
+    conclude(loop, console)
     return 0
 
 
@@ -266,55 +266,3 @@ def _introduce(trainer: Trainer, folder: RunFolder, console: Console) -> None:
         f"folder    {folder.path}",
     ):
         console.print(line, soft_wrap=True, markup=False)
-
-
-def _conclude(loop: Loop, console: Console) -> None:
-    """The table at the end: every number measured on the tensors and files as they are."""
-    trainer, folder, history = loop.trainer, loop.folder, loop.history
-    unreadable = trainer.unreadable_images()
-    if not loop.processes.is_main:
-        return
-    assert history.best is not None
-    last, best, count = history.evaluations[-1], history.best, trainer.count()
-    prefix = "ema_" if trainer.ema is not None else ""
-    sparse_bytes = folder.sparse.stat().st_size
-    minutes, seconds = divmod(round(loop.clock.seconds), 60)
-    losses = trainer.config.losses
-    # Of training images, which may be augmented to hold less that is worth a look than those of the evaluation.
-    asked, missed = "", None
-    if losses.macs_target is not None and losses.bounds_macs:
-        computed = count.macs / trainer.dense_macs
-        asked = f"; {computed:.1%} computed, {losses.macs_target:.1%} asked of training images"
-        if trainer.tokens is not None:
-            missed = missed_target(computed, losses.macs_target, trainer.tokens)
-    rows = [
-        ("accuracy", f"top-1 {last[prefix + 'top1']:.2f} %   top-5 {last[prefix + 'top5']:.2f} %"),
-        ("best top-1", f"{best[loop.score]:.2f} % at step {int(best['step']):,}"),
-        ("live parameters", f"{trainer.budget}; budget {loop.budget.live:,}"),
-        (
-            "MACs per image",
-            f"{count.live_macs / 1e6:,.1f} M live, {count.macs / 1e6:,.1f} M as computed; dense "
-            f"{trainer.dense_macs / 1e6:,.1f} M{asked}",
-        ),
-        (
-            "sparse file",
-            f"{sparse_bytes / 1e6:,.3f} MB, {sparse_bytes / trainer.dense_bytes:.1%} of the dense weights "
-            f"({trainer.dense_bytes / 1e6:,.3f} MB)",
-        ),
-        ("training time", f"{minutes} min {seconds:02d} s, evaluation and saving not counted"),
-        ("saved weights", "average over the training (EMA)" if trainer.ema is not None else "of the last step"),
-        ("written to", str(folder.path)),
-    ]
-    if trainer.tokens is not None:
-        rows.insert(4, ("patches kept", describe_tokens(trainer.tokens)))
-    if trainer.bad_steps:
-        rows.insert(-1, ("dropped steps", f"{trainer.bad_steps} with a loss or gradient that was not finite"))
-    if unreadable:
-        rows.insert(-1, ("unreadable images", f"{len(unreadable)}"))
-    print_table(console, f"{trainer.config.recipe}: done", rows)
-    if missed is not None:
-        console.print(f"note: {missed}", soft_wrap=True, markup=False)
-    file, runs = (shlex.quote(str(path)) for path in (folder.sparse, folder.path.parent))
-    console.print(
-        f"next:\n  sparse-trainer evaluate {file}\n  tensorboard --logdir {runs}", soft_wrap=True, markup=False
-    )

@@ -27,6 +27,10 @@ MOST_POINTS = 2048
 """Of a curve that is remembered; then every second one is forgotten."""
 
 
+NO_CHARTS = ("budget/",)
+"""Beginnings of tags that would be flat lines in TensorBoard; the budget is in the text and in the overview."""
+
+
 class WholeRecords:
     """A file that grows by whole records only: one that does not fit is taken back.
 
@@ -193,11 +197,15 @@ class MetricsWriter(SummaryWriter):
         return self.file_writer
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: Any = None, *args: Any, **kwargs: Any) -> None:
-        """One number. NaN and infinity, which JSON cannot hold, are null in ``metrics.jsonl``."""
+        """One number. NaN and infinity, which JSON cannot hold, are null in ``metrics.jsonl``.
+
+        What is the same at every step of almost any run (:data:`NO_CHARTS`) stands there alone.
+        """
         if self.line.get("step", global_step) != global_step:
             self.end_line()
         number = float(scalar_value)
-        super().add_scalar(tag, number, global_step, *args, **kwargs)
+        if not tag.startswith(NO_CHARTS):
+            super().add_scalar(tag, number, global_step, *args, **kwargs)
         self._remember(tag, global_step, number)
         self.line.setdefault("step", global_step)
         self.line[tag] = int(number) if number.is_integer() else number

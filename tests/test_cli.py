@@ -59,7 +59,8 @@ def test_train_evaluate_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert f"sparse-trainer evaluate {run}/sparse.safetensors" in out
     assert f"tensorboard --logdir {runs}" in out
     assert {path.name for path in run.iterdir()} == {
-        ".lock", "checkpoints", "config.yaml", "masks", "metrics.jsonl", "sparse.safetensors", "tensorboard",
+        ".lock", "README.md", "checkpoints", "config.yaml", "masks", "metrics.jsonl", "sparse.safetensors",
+        "tensorboard",
     }  # fmt: skip
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 
@@ -122,7 +123,7 @@ def test_resume_of_a_run_that_was_killed_before_it_saved_anything(
     whole = (tmp_path / "run" / "sparse.safetensors").read_bytes()
     for name in ("checkpoints", "masks", "tensorboard"):
         shutil.rmtree(tmp_path / "run" / name)
-    for name in ("sparse.safetensors", "metrics.jsonl"):
+    for name in ("README.md", "sparse.safetensors", "metrics.jsonl"):
         (tmp_path / "run" / name).unlink()
     capsys.readouterr()
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from experiments.config.reading import explain
 from experiments.errors import ConfigError
-from experiments.exports import dense, onnx
+from experiments.exports import dense, hub, onnx
 from experiments.exports.source import Source, name_of, open_source
 from experiments.exports.staging import check_target
 from experiments.exports.writers import WRITERS, export_onnx
@@ -25,12 +25,15 @@ from models.threshold_selector import ThresholdSelector
 from sparse_trainer.files.checkpoint import SparseInfo
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ENDINGS = {"dense": "-dense", "onnx": ".onnx", "csr": ".npz", "sparse": ".safetensors"}
+ENDINGS = {"dense": "-dense", "onnx": ".onnx", "csr": ".npz", "sparse": ".safetensors", "hub": "-hub"}
+FOLDERS = {"dense": dense.FILES, "hub": hub.FILES}
+"""Formats that are folders, and the files in them."""
 TITLES = {
     "dense": "a folder that timm opens",
     "onnx": f"ONNX, operator set {onnx.OPSET}",
     "csr": "scipy.sparse matrices in an .npz file",
     "sparse": "a sparse checkpoint",
+    "hub": "a folder for Hugging Face's hub",
 }
 
 
@@ -43,7 +46,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=None,
         help="dense: a folder for timm.create_model('local-dir:PATH', pretrained=True). onnx: the compact network, "
         "for any batch size (pip install 'sparse-trainer[onnx]'). csr: scipy.sparse matrices in one .npz file. "
-        "sparse: a sparse checkpoint again, in another dtype.",
+        "sparse: a sparse checkpoint again, in another dtype. hub: a folder with the sparse checkpoint, its model card "
+        "and its settings, which huggingface_hub uploads as it is.",
     )
     parser.add_argument("--output", type=str, default=None, help="file or folder to write; by default beside it")
     parser.add_argument(
@@ -112,7 +116,7 @@ def default_output(path: Path, format: str, dtype: str | None) -> Path:
     """A name beside the checkpoint: ``sparse-dense``, ``sparse-float16.onnx``, ..."""
     word = f"-{dtype}" if dtype not in (None, "float32") or format == "sparse" else ""
     ending = ENDINGS[format]
-    return path.with_name(f"{path.stem}{ending}{word}" if format == "dense" else f"{path.stem}{word}{ending}")
+    return path.with_name(f"{path.stem}{ending}{word}" if format in FOLDERS else f"{path.stem}{word}{ending}")
 
 
 def dense_parameters(info: SparseInfo) -> int:
@@ -127,6 +131,7 @@ def _use(format: str, target: Path) -> str:
         "dense": f"timm.create_model({f'local-dir:{target}'!r}, pretrained=True)",
         "onnx": f"onnxruntime.InferenceSession({str(target)!r}).run(['{onnx.OUTPUT}'], {{'{onnx.INPUT}': images}})",
         "csr": f"experiments.exports.csr.read_csr({str(target)!r}), or numpy.load",
+        "hub": f"huggingface_hub.upload_folder(repo_id=..., folder_path={str(target)!r})",
         "sparse": f"sparse-trainer evaluate {shlex.quote(str(target))}",
     }[format]
 
@@ -160,8 +165,7 @@ def _export(arguments: Sequence[str]) -> int:
     source = open_source(path, DTYPES.get(options.dtype))
     dtype, counts = name_of(source.dtype), read_tokens(options.tokens, format, source)
     target = Path(options.output) if options.output is not None else default_output(path, format, dtype)
-    files = dense.FILES if format == "dense" else None
-    check_target(target, checkpoint=path, overwrite=options.overwrite, files=files)
+    check_target(target, checkpoint=path, overwrite=options.overwrite, files=FOLDERS.get(format))
     if format == "onnx":
         difference, notes = export_onnx(source, target, options.overwrite, counts)
     else:

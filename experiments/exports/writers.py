@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from experiments.errors import ConfigError
-from experiments.exports import csr, dense, onnx
+from experiments.exports import csr, dense, hub, onnx
 from experiments.exports.fixed_tokens import FixedTokens
 from experiments.exports.source import Source, check, compare, images_of, name_of
 from experiments.exports.staging import staged
@@ -99,8 +99,28 @@ def export_sparse(source: Source, target: Path, overwrite: bool) -> tuple[float,
     return compare(opened, source.model, source.images), []
 
 
+def export_hub(source: Source, target: Path, overwrite: bool) -> tuple[float, list[str]]:
+    """The folder for the hub; as :func:`export_dense`."""
+    rounded = source.rounded(source.model)
+    with staged(target, overwrite=overwrite) as new:
+        new.mkdir()
+        save_sparse(
+            new / hub.CHECKPOINT,
+            source.model,
+            masks=source.masks,
+            info=source.info,
+            dtype=source.dtype,
+            create_model=create_model,
+        )
+        opened = load_sparse(new / hub.CHECKPOINT, create_model=create_model)
+        check(opened, rounded, source.images)
+        hub.write_hub(new, source)
+    return compare(opened, source.model, source.images), ["nothing was uploaded; read README.md before you do"]
+
+
 WRITERS: dict[str, Callable[[Source, Path, bool], tuple[float, list[str]]]] = {
     "dense": export_dense,
     "csr": export_csr,
     "sparse": export_sparse,
+    "hub": export_hub,
 }

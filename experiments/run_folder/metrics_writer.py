@@ -215,6 +215,11 @@ class MetricsWriter(SummaryWriter):
         for tag, value in values.items():
             self.add_scalar(tag, value, step)
 
+    def add_charts(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers for TensorBoard alone: what a clock said, which ``metrics.jsonl`` need not repeat."""
+        for tag, value in values.items():
+            super().add_scalar(tag, value, step)
+
     def add_settings(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """The run's settings for TensorBoard's HPARAMS page; beside them it shows the last value of each metric.
 

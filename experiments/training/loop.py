@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -346,5 +347,8 @@ class Loop:
         with self._writing():
             if self.journal is not None:
                 final = {name: value for name, value in self.history.evaluations[-1].items() if name != "step"}
-                self.journal.end(final)
-                self._save_sparse(self.folder.sparse, final)
+                written = self.folder.sparse.with_name(f".{self.folder.sparse.name}.tmp")
+                self._save_sparse(written, final)
+                self.journal.end(final, written.stat().st_size)
+                os.replace(written, self.folder.sparse)
+                self.folder.sync()

@@ -19,11 +19,12 @@ from experiments.run_folder.folder import RunFolder
 from sparse_trainer.files.checkpoint import load_resume
 from sparse_trainer.mask_log import read_timeline
 
-CLOCKS = ("train/images_per_second", "update/seconds")
-"""Numbers of ``metrics.jsonl`` that a clock decides."""
+CLOCKS = ("train/images_per_second", "update/seconds", "result/images_per_second")
+"""Numbers of ``metrics.jsonl`` and TensorBoard that a clock decides."""
 BUNDLE_CLOCKS = ("seconds", "seconds_since", "images_since", "metrics_size", "metrics_line")
 """Parts of a resume bundle that a clock decides; the last two hold numbers of ``metrics.jsonl``."""
 FILES = {
+    "README.md",
     ".lock",
     "checkpoints",
     "config.yaml",

@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from lightning.pytorch.tuner import Tuner
 from torch import nn
 
 from experiments.examples import plain, task, with_accelerate, with_grad_scaler, with_lightning
@@ -103,6 +104,32 @@ def test_lightning_fits_twice() -> None:
     assert {name: len(heads) for name, heads in callback.scheduler.live_heads.items()} == {
         name: len(heads) for name, heads in first.live_heads.items()
     }
+
+
+def test_lightning_searches_for_a_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search trains for a while, and then gives the module its former weights back: still one budget."""
+
+    class Tuned(with_lightning.Classifier):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__(model)
+            self.lr = 1e-3
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.model.parameters(), lr=self.lr)
+
+    monkeypatch.chdir(tmp_path)  # where the search keeps its checkpoint
+    callback = with_lightning.SparsityCallback(task.SPARSITY)
+    module = Tuned(task.create_model())
+    trainer = lightning.Trainer(max_steps=10, callbacks=[callback], logger=False, enable_checkpointing=False)
+    Tuner(trainer).lr_find(module, train_dataloaders=task.create_loader(), num_training=10)
+    searched = callback.scheduler
+    assert searched is not None
+    budget = searched.budget
+    trainer.fit(module, task.create_loader())
+    assert callback.scheduler is not searched
+    assert callback.scheduler.step_number == 10
+    assert callback.scheduler.budget == budget
+    assert budget.live == round(0.3 * budget.total)
 
 
 def test_lightning_averages_weights() -> None:

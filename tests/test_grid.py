@@ -233,3 +233,35 @@ def test_a_wrong_grid(tmp_path: Path) -> None:
     file.write_text("recipe: quickstart\n")
     with pytest.raises(ValueError, match="a grid has the keys"):
         read_grid(file)
+
+
+def test_what_a_grid_knows_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The results of another machine are enough, as long as the settings are the same."""
+    trained: list[str] = []
+
+    def train(self: Runs, entry: str, seed: int) -> None:
+        trained.append(f"{entry}-{seed}")
+        write_run(self.path(entry, seed), [50.0 + seed], 100, 1000.0)
+
+    monkeypatch.setattr(Runs, "_train", train)
+    monkeypatch.setattr("experiments.grids.grid.draw", lambda *_: None)
+    file = tmp_path / "g.yaml"
+
+    def run(runs: str, density: float, *options: str) -> list[str]:
+        trained.clear()
+        entries = {"dense": {"sparsity": None}, "half": {"sparsity": {"density": density}}}
+        grid = {"recipe": "quickstart", "seeds": [0, 1], "baseline": "dense", "entries": entries}
+        file.write_text(yaml.safe_dump(grid))
+        assert main([str(file), "--runs", str(tmp_path / runs), "--results", str(tmp_path), *options]) == 0
+        return sorted(trained)
+
+    assert run("here", 0.5, "--only", "dense") == ["dense-0", "dense-1"]
+    assert run("elsewhere", 0.5) == ["half-0", "half-1"]
+    rows = json.loads((tmp_path / "g.json").read_text())["rows"]
+    assert [(row["entry"], row["top1"]) for row in rows] == [("dense", [50.0, 51.0]), ("half", [50.0, 51.0])]
+    assert rows[1]["difference"] == 0.0
+    assert run("elsewhere again", 0.4) == ["half-0", "half-1"], "another density is another run"
+    assert run("with options", 0.4, "--training.epochs=1") == ["dense-0", "dense-1", "half-0", "half-1"]
+    capsys.readouterr()

@@ -13,6 +13,9 @@ A grid file names a recipe, what all entries change in it, and the entries::
     labels: {half: half of the weights live}
     compare: [[half, fewer_tokens]]
 
+Outcomes are kept in the grid's JSON file (:mod:`experiments.grids.memory`): what it knows is not trained again, so a
+grid can be cut off and go on on another machine, with ``--only`` to choose. Measuring needs the runs themselves.
+
 ``{run:ENTRY}`` stands for the folder of an earlier entry's run with the same seed, which is waited for, and ``{seed}``
 for the seed. Runs go to ``runs/<grid>/<entry>-seed<k>``. One that was interrupted goes on, one that is done is not
 repeated. The report (:mod:`experiments.grids.report`) compares each entry with the baseline, and the pairs of
@@ -42,8 +45,9 @@ from experiments.benchmarks.timing import use_threads
 from experiments.config import yaml_text
 from experiments.errors import ConfigError
 from experiments.grids.chance import measure_chance
+from experiments.grids.memory import digest, recall, remember
 from experiments.grids.plot import draw
-from experiments.grids.report import compare, compare_with_chance, read_outcome, summarize, to_markdown
+from experiments.grids.report import Outcome, compare, compare_with_chance, read_outcome, summarize, to_markdown
 from experiments.grids.speed import measure_speed
 from sparse_trainer.files.checkpoint import CheckpointError
 
@@ -63,6 +67,10 @@ class Grid:
     title: str = ""  #: what the grid is about, for the report
     labels: Mapping[str, str] = field(default_factory=dict)  #: what entries are, in words
     pairs: tuple[tuple[str, str], ...] = ()  #: entries that are compared with each other beside the baseline
+
+    def digest(self, entry: str) -> str:
+        """Of all settings that an entry has."""
+        return digest({"recipe": self.recipe, "common": dict(self.common), "entry": dict(self.entries[entry])})
 
     def needs(self, entry: str) -> set[str]:
         """The entries whose runs this one starts from or learns from."""
@@ -92,7 +100,7 @@ def read_grid(path: Path) -> Grid:
         recipe=content["recipe"],
         seeds=tuple(content["seeds"]),
         baseline=content["baseline"],
-        entries={name: entry or {} for name, entry in content["entries"].items()},
+        entries={str(name): entry or {} for name, entry in content["entries"].items()},
         common=content.get("common") or {},
         title=" ".join(content.get("title", "").split()),
         labels=content.get("labels") or {},
@@ -124,11 +132,19 @@ class Runs:
         threads: CPU threads of each run.
         extra: options of ``train`` for all of them.
         only: entries to train, and what they need; all of them, if None.
+        known: outcomes of runs that are not trained again.
     """
 
     def __init__(
-        self, grid: Grid, folder: Path, threads: int, extra: Sequence[str], only: Sequence[str] | None = None
+        self,
+        grid: Grid,
+        folder: Path,
+        threads: int,
+        extra: Sequence[str],
+        only: Sequence[str] | None = None,
+        known: Mapping[str, Mapping[int, Outcome]] | None = None,
     ) -> None:
+        self.known = known or {}
         self.grid, self.folder, self.threads, self.extra = grid, folder, threads, extra
         self.entries = [entry for entry in grid.entries if only is None or entry in self._with_needs(only)]
         self._done = {task: threading.Event() for task in self.tasks()}
@@ -156,10 +172,12 @@ class Runs:
 
     def _one(self, entry: str, seed: int) -> str | None:
         try:
+            if seed in self.known.get(entry, {}):
+                return None
             for needed in sorted(self.grid.needs(entry)):
                 self._done[needed, seed].wait()
                 if read_outcome(self.path(needed, seed)) is None:
-                    return f"{self.path(entry, seed).name} was not begun: {needed} did not end"
+                    return f"{self.path(entry, seed).name} was not begun: {needed} did not end here"
             return self._train(entry, seed)
         finally:
             self._done[entry, seed].set()
@@ -229,28 +247,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command += ["--recipe", options.recipe]
     cores = os.cpu_count() or 1
     threads = options.threads or max(1, cores // max(1, options.jobs))
-    runs = Runs(grid, options.runs / grid.name, threads, extra, options.only)
+    data = options.results / f"{grid.name}.json"
+    earlier = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else {}
+    digests = {entry: grid.digest(entry) for entry in grid.entries}
+    known = recall(earlier, digests) if not extra else {}
+    runs = Runs(grid, options.runs / grid.name, threads, extra, options.only, known)
     failures = [] if options.report_only else runs.all(max(1, options.jobs))
     for failure in failures:
         print(failure, file=sys.stderr)
-    outcomes = {
+    here = {
         entry: {seed: found for seed in grid.seeds if (found := read_outcome(runs.path(entry, seed)))}
         for entry in grid.entries
     }
+    outcomes = {entry: {**known.get(entry, {}), **found} for entry, found in here.items()}
     rows = summarize(outcomes, grid.baseline)
     if not rows:
         print(f"{parser.prog}: error: no run of {grid.name} is finished in {runs.folder}", file=sys.stderr)
         return 1
-    data = options.results / f"{grid.name}.json"
-    known = json.loads(data.read_text(encoding="utf-8")) if data.is_file() else {}
-    speeds, chance = known.get("speeds", {}), known.get("chance", [])
+    speeds, chance = earlier.get("speeds", {}), earlier.get("chance", [])
     if options.measure:
         try:
             with use_threads(options.threads or None):
-                finished = {entry: runs.path(entry, min(found)) for entry, found in outcomes.items() if found}
+                finished = {entry: runs.path(entry, min(found)) for entry, found in here.items() if found}
                 speeds = measure_speed(finished, grid.baseline)
-            runs_of = {entry: {seed: runs.path(entry, seed) for seed in found} for entry, found in outcomes.items()}
-            chance = compare_with_chance(outcomes, measure_chance(runs_of))
+            runs_of = {entry: {seed: runs.path(entry, seed) for seed in found} for entry, found in here.items()}
+            chance = compare_with_chance(here, measure_chance(runs_of))
         except (ConfigError, CheckpointError) as error:
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
             return 1
@@ -265,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "pairs": compare(outcomes, grid.pairs),
         "speeds": speeds,
         "chance": chance,
+        "outcomes": remember(outcomes, digests),
     }
     data.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     text = to_markdown(grid.name, report)

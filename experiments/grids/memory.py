@@ -1,4 +1,4 @@
-"""What earlier calls brought home: the outcomes of runs stand in the grid's JSON file, so a grid can go on elsewhere."""
+"""What earlier calls brought home: outcomes stand in the grid's JSON file, so that a grid can go on elsewhere."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from sparse_trainer.ownership import release as release_model
 from sparse_trainer.prunable import Standing, prunable_places, prunable_weights
 from sparse_trainer.report import BlockUpdate, MaskUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
+from sparse_trainer.taking_over import averages_of, take_over
 from sparse_trainer.unit_swaps import UnitSwaps
 from sparse_trainer.update_schedule import UpdateSchedule
 from sparse_trainer.weight_masks import WeightMasks
@@ -102,7 +103,7 @@ class SparsityScheduler:
         self._units: UnitSwaps | None = None
         self._weights: WeightMasks | None = None
         if given is not None:
-            self._units, self._weights = self._take_over(given, planned.total)
+            self._units, self._weights = take_over(model, config, given, planned.total)
         else:
             if config.structured:
                 generator = torch.Generator().manual_seed(config.seed)
@@ -130,39 +131,6 @@ class SparsityScheduler:
         self._passes_per_step = 1
         self._last_update = 0
         self._updates = 0
-
-    def _take_over(self, given: LiveNetwork, total: int) -> tuple[UnitSwaps | None, WeightMasks | None]:
-        """Units and masks as they are live already.
-
-        Raises:
-            ValueError: they do not fit the model, or the configuration asks for others.
-        """
-        config, model = self.config, self.model
-        prunable = prunable_weights(model, config.include, config.exclude)
-        odd = sorted(set(given.masks) - set(prunable))
-        if odd:
-            raise ValueError(f"resume_from: there is a mask of {odd[0]}, which is no prunable weight of this model")
-        if bool(given.masks) != config.masks_weights:
-            raise ValueError(
-                f"resume_from: it {'has' if given.masks else 'has no'} weight masks; set density to "
-                f"{'its share of live weights' if given.masks else 'null'}"
-            )
-        units = None
-        if given.live_heads or given.live_neurons:
-            generator = torch.Generator().manual_seed(config.seed)
-            units = UnitSwaps.of_compact(model, given, config, generator=generator)
-        weights = None
-        if given.masks:
-            weights = WeightMasks.of_masks(prunable, given.masks, config)
-            live = weights.live_count()
-            wanted = config.live_parameters or round((config.density or 0) * total)
-            same = all(prunable[name].shape == mask.shape for name, mask in given.masks.items())
-            if same and abs(wanted - live) > 0.005 * total:
-                raise ValueError(
-                    f"resume_from: {live:,} of {total:,} weights are live ({live / total:.4f}), and the configuration "
-                    f"asks for {wanted:,}; give density={live / total:.4f}: the budget stays as it is"
-                )
-        return units, weights
 
     @property
     def masks(self) -> dict[str, Tensor]:
@@ -259,7 +227,7 @@ class SparsityScheduler:
                 f"{len(frozen)} prunable weights are frozen, {frozen[0]} among them; exclude them, such as "
                 f"exclude=({frozen[0].removesuffix('.weight')!r},), or let them train"
             )
-        self._ema = self._same_names(ema) if ema is not None else None
+        self._ema = averages_of(self.model, ema) if ema is not None else None
         self._follow(optimizers)
         self._loaded = True
 
@@ -294,17 +262,6 @@ class SparsityScheduler:
                 f"{gone} is another parameter than the scheduler was built with; replace layers before the "
                 "scheduler is built, or build a new one by resume_from=scheduler"
             )
-
-    def _same_names(self, ema: nn.Module) -> nn.Module:
-        """The module, of ``ema`` and what it wraps, whose parameters are called as the model's."""
-        names = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        for module in (ema, getattr(ema, "module", None)):
-            if isinstance(module, nn.Module) and names == {n: p.shape for n, p in module.named_parameters()}:
-                return module
-        raise ValueError(
-            "the EMA's parameters are other than the model's in name or shape; make it from the model after the "
-            "scheduler"
-        )
 
     def _averages(self) -> dict[str, Tensor]:
         """The EMA's tensors by name; looked up at each use, since the EMA may be moved. A shared one has two names."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_trainer.budget import count_units
 from sparse_trainer.patterns import patterns_of, read_pattern, whole_blocks
-from sparse_trainer.prunable import Place, describe_left_dense, left_dense, prunable_places
+from sparse_trainer.prunable import describe_left_dense, left_dense, prunable_places
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.units import BlockUnits, find_blocks
 from sparse_trainer.weight_masks import allocation_of
@@ -50,7 +50,7 @@ def plan(model: nn.Module, config: SparsityConfig, given: LiveNetwork | None = N
     """
     places = prunable_places(model, config.include, config.exclude)
     _check_whole(model)
-    _check_trainable(places)
+    check_trainable({name: place.parameter for name, place in places.items()})
     prunable = sum(place.parameter.numel() for place in places.values())
     everything = places if not (config.include or config.exclude) else prunable_places(model)
     left = describe_left_dense(left_dense(model, everything, config.exclude), prunable)
@@ -139,8 +139,13 @@ def _check_whole(model: nn.Module) -> None:
             )
 
 
-def _check_trainable(places: Mapping[str, Place]) -> None:
-    frozen = [name for name, place in places.items() if not place.parameter.requires_grad]
+def check_trainable(prunable: Mapping[str, nn.Parameter]) -> None:
+    """Refuse prunable weights that are frozen.
+
+    Raises:
+        ValueError: naming one of them, and what to exclude.
+    """
+    frozen = [name for name, parameter in prunable.items() if not parameter.requires_grad]
     if frozen:
         raise ValueError(
             f"{len(frozen)} prunable weights are frozen, {frozen[0]} among them; exclude them, such as "

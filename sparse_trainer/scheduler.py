@@ -2,43 +2,37 @@
 
 *How many* is decided in :mod:`~sparse_trainer.budget`, *when* in :mod:`~sparse_trainer.update_schedule`, *which* in
 :mod:`~sparse_trainer.masks` and :mod:`~sparse_trainer.unit_choice`. What construction does is worked out in
-:mod:`~sparse_trainer.construction`, the training loop is followed by :mod:`~sparse_trainer.following`, and
-:mod:`~sparse_trainer.enforcement` keeps dead weights at 0. This file calls them in the right order.
+:mod:`~sparse_trainer.construction`; what is live then, and an update of it, is in :mod:`~sparse_trainer.mask_owner`.
+The training loop is followed by :mod:`~sparse_trainer.following`, and :mod:`~sparse_trainer.enforcement` keeps dead
+weights at 0. This file calls them in the right order.
 """
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sparse_trainer.agreement import check_agreement, mask_digest, on_any_process, order_digest, process_count
-from sparse_trainer.budget import Budget
-from sparse_trainer.construction import LiveNetwork, plan
-from sparse_trainer.enforcement import Enforcement
+from sparse_trainer.agreement import check_agreement, on_any_process
+from sparse_trainer.construction import LiveNetwork, check_trainable, plan
 from sparse_trainer.following import Following, check_optimizers, unwrap
-from sparse_trainer.live_units import Swap
-from sparse_trainer.masks import zero_dead
+from sparse_trainer.mask_owner import LossClosure, MaskOwner
 from sparse_trainer.ownership import check_free, claim
 from sparse_trainer.ownership import release as release_model
-from sparse_trainer.prunable import Standing, prunable_places, prunable_weights
-from sparse_trainer.report import BlockUpdate, MaskUpdate
+from sparse_trainer.prunable import prunable_weights
+from sparse_trainer.report import MaskUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.taking_over import averages_of, take_over
 from sparse_trainer.unit_swaps import UnitSwaps
-from sparse_trainer.update_schedule import UpdateSchedule
 from sparse_trainer.weight_masks import WeightMasks
 
 __all__ = ["LiveNetwork", "SparsityScheduler", "prunable_weights"]
 
-LossClosure = Callable[[], Tensor]
 
-
-class SparsityScheduler:
+class SparsityScheduler(MaskOwner):
     """Trains ``model`` under one exact parameter budget.
 
     Construction changes the model in place: dormant heads and neurons are taken out, dead weights are set to 0.
@@ -83,16 +77,7 @@ class SparsityScheduler:
         former = resume_from if isinstance(resume_from, SparsityScheduler) else None
         check_free(model, successor_of=former)
         given = resume_from.live_network if isinstance(resume_from, SparsityScheduler) else resume_from
-        self.model = model
-        self.config = config
-        self.schedule = UpdateSchedule(
-            total_steps=total_steps,
-            update_every=config.update_every,
-            updates=config.updates,
-            drop_fraction=config.drop_fraction,
-            drop_fraction_end=config.drop_fraction_end,
-            stop_at=config.stop_at,
-        )
+        self.schedule = config.schedule(total_steps)
         planned = plan(model, config, given)
         notes = list(planned.notes)
         if not self.schedule.update_steps and config.updates != 0:
@@ -100,86 +85,28 @@ class SparsityScheduler:
                 f"no update fits into {total_steps:,} steps, so the first masks stay; set updates or update_every, or "
                 "updates to 0 if that is meant"
             )
-        self._units: UnitSwaps | None = None
-        self._weights: WeightMasks | None = None
+        units: UnitSwaps | None = None
+        weights: WeightMasks | None = None
         if given is not None:
-            self._units, self._weights = take_over(model, config, given, planned.total)
+            units, weights = take_over(model, config, given, planned.total)
         else:
             if config.structured:
                 generator = torch.Generator().manual_seed(config.seed)
-                self._units = UnitSwaps(
-                    model, planned.heads, planned.neurons, config, generator=generator, closure=closure
-                )
+                units = UnitSwaps(model, planned.heads, planned.neurons, config, generator=generator, closure=closure)
             if planned.live is not None:
                 prunable = prunable_weights(model, config.include, config.exclude)
-                self._weights = WeightMasks(prunable, planned.live, config)
+                weights = WeightMasks(prunable, planned.live, config)
         if former is not None:
             former.detach(release=True)
         claim(model, self)
         for note in notes:
             warnings.warn(note, stacklevel=2)
-        self._total = planned.total
-        places = prunable_places(model, config.include, config.exclude)
-        self._standing = Standing(model, places)
-        self._prunable = {name: place.parameter for name, place in places.items()}
-        masks = self._weights.masks if self._weights else {}
-        self._enforcement = Enforcement({n: p for n, p in self._prunable.items() if n in masks}, masks)
-        self._following: Following | None = None
-        self._ema: nn.Module | None = None
+        super().__init__(model, config, units, weights, planned.total)
         self._loaded = False  # whether loaded states may have brought dead weights back
         self._step = 0
         self._passes_per_step = 1
         self._last_update = 0
         self._updates = 0
-
-    @property
-    def masks(self) -> dict[str, Tensor]:
-        """Bool masks of the (compact) weight tensors by parameter name; True is live."""
-        return self._weights.masks if self._weights else {}
-
-    @property
-    def live_network(self) -> LiveNetwork:
-        """Everything that is live, for a scheduler that goes on from here."""
-        return LiveNetwork(
-            {name: mask.clone() for name, mask in self.masks.items()},
-            self.live_heads,
-            self.live_neurons,
-            self.dense_heads,
-            self.dense_neurons,
-        )
-
-    @property
-    def live_heads(self) -> dict[str, tuple[int, ...]]:
-        """By block, the head (of the dense network) in each slot; empty for an unstructured run."""
-        return self._units.live("head") if self._units else {}
-
-    @property
-    def live_neurons(self) -> dict[str, tuple[int, ...]]:
-        """By block, the neuron (of the dense network) in each slot; empty for an unstructured run."""
-        return self._units.live("neuron") if self._units else {}
-
-    @property
-    def dense_heads(self) -> dict[str, int]:
-        """By block, how many heads the dense network has; empty for an unstructured run."""
-        return self._units.totals("head") if self._units else {}
-
-    @property
-    def dense_neurons(self) -> dict[str, int]:
-        """By block, how many neurons the dense network has; empty for an unstructured run."""
-        return self._units.totals("neuron") if self._units else {}
-
-    @property
-    def budget(self) -> Budget:
-        """Live and total prunable weights, counted now, in the tensors.
-
-        A dead weight that something else has written to is put right first, or would be counted.
-        """
-        if self._weights:
-            if self._following is not None:
-                self._enforcement.look(everywhere=True)  # after which no dead weight is other than 0
-                return Budget(self._weights.live_count(), self._total)
-            return Budget(self._weights.live_count() + self._enforcement.count_revived(), self._total)
-        return Budget(sum(parameter.numel() for parameter in self._prunable.values()), self._total)
 
     @property
     def step_number(self) -> int:
@@ -221,12 +148,7 @@ class SparsityScheduler:
         self._check_places()
         optimizers = unwrap(optimizer)
         check_optimizers(optimizers, self._prunable)
-        frozen = [name for name, parameter in self._prunable.items() if not parameter.requires_grad]
-        if frozen:
-            raise ValueError(
-                f"{len(frozen)} prunable weights are frozen, {frozen[0]} among them; exclude them, such as "
-                f"exclude=({frozen[0].removesuffix('.weight')!r},), or let them train"
-            )
+        check_trainable(self._prunable)
         self._ema = averages_of(self.model, ema) if ema is not None else None
         self._follow(optimizers)
         self._loaded = True
@@ -254,36 +176,6 @@ class SparsityScheduler:
         self._enforcement.remember()
         self._arm()
 
-    def _check_places(self) -> None:
-        """Raises RuntimeError where a layer was replaced by another: its weights would be in no budget."""
-        gone = self._standing.replaced()
-        if gone is not None:
-            raise RuntimeError(
-                f"{gone} is another parameter than the scheduler was built with; replace layers before the "
-                "scheduler is built, or build a new one by resume_from=scheduler"
-            )
-
-    def _averages(self) -> dict[str, Tensor]:
-        """The EMA's tensors by name; looked up at each use, since the EMA may be moved. A shared one has two names."""
-        if self._ema is None:
-            return {}
-        return {name: parameter.data for name, parameter in self._ema.named_parameters(remove_duplicate=False)}
-
-    @torch.no_grad()
-    def enforce(self) -> None:
-        """Set whatever is dead to 0: in weights, gradients, moments and the EMA.
-
-        Dead weights are held at 0 around every optimizer step. Call this where you write to weights on purpose and use
-        them before the next step: after averaging, loading or perturbing them.
-        """
-        if self._weights is None:
-            return
-        self._weights.follow_device()
-        self._enforcement.enforce(self._following.optimizers if self._following is not None else None)
-        for name, tensor in self._averages().items():
-            if name in self.masks:
-                zero_dead(tensor, self.masks[name].to(tensor.device))
-
     def detach(self, *, release: bool = False) -> None:
         """Take all hooks away; masks and weights stay as they are.
 
@@ -297,8 +189,7 @@ class SparsityScheduler:
             self._passes_per_step = self._following.passes_per_step
             self._following.remove()
             self._following = None
-            missed = [step for step in self.schedule.update_steps if step > self._step]
-            if missed and self._step:
+            if self._step and self.schedule.next_update(self._step + 1) is not None:
                 warnings.warn(
                     f"the schedule was not reached: {self._step:,} of {self.schedule.total_steps:,} optimizer steps "
                     f"and {self._updates} of {len(self.schedule.update_steps)} updates came; total_steps counts steps "
@@ -355,82 +246,15 @@ class SparsityScheduler:
         due = self.schedule.next_update(self._last_update + 1)
         if due is not None and self._step >= due and self._exact_step() >= due:
             # An update may undo what had gone apart in the masks, but not in the weights under them.
-            former = {f"former {what}": value for what, value in self._facts().items()}
-            update = self._update(closure)
+            former = {f"former {what}": value for what, value in self._facts(self._step).items()}
+            fraction = self.schedule.fraction(self._step)
+            update = self._update(closure, step=self._step, drop_fraction=fraction)
             self._last_update = self._step
             self._updates += 1
-            check_agreement({**former, **self._facts()}, self._device, f"after the update at step {self._step}")
+            facts = {**former, **self._facts(self._step)}
+            check_agreement(facts, self._device, f"after the update at step {self._step}")
         self._arm(together=True)
         return update
-
-    def _update(self, closure: LossClosure | None) -> MaskUpdate | None:
-        assert self._following is not None
-        optimizers = self._following.optimizers
-        if self._units and self._units.groups and closure is None:
-            raise ValueError(
-                "an update of heads and neurons needs the loss of one batch: "
-                "scheduler.step(lambda: criterion(model(images), targets))"
-            )
-        self._synchronize()
-        started = time.perf_counter()
-        self._enforcement.look(everywhere=True)
-        drop_fraction = self.schedule.fraction(self._step)
-        swaps: dict[int, Swap] = {}
-        notes: list[str] = []
-        fresh: dict[str, Tensor] = {}
-        averages = self._averages()
-        if self._units and closure is not None:
-            swaps, notes = self._units.update(
-                closure,
-                drop_fraction,
-                optimizer=optimizers,
-                ema=averages,
-                masks=self.masks,
-            )
-            fresh = self._units.fresh(swaps, self.masks)
-        ranked = self._weights is None or self.config.grow == "random" or self._weights.growth.holds_gradient
-        layers = self._weights.update(drop_fraction, optimizers, averages, fresh) if self._weights else {}
-        if not ranked:
-            notes.append("no finite growth gradient was collected: the weight masks did not change")
-        revived = self._enforcement.note()
-        if revived is not None:
-            notes.append(revived)
-        for note in notes:
-            warnings.warn(note, stacklevel=3)
-        self._enforcement.remember()
-        self._synchronize()
-        return MaskUpdate(
-            step=self._step,
-            drop_fraction=drop_fraction,
-            budget=self.budget,
-            seconds=time.perf_counter() - started,
-            layers=layers,
-            blocks=self._block_report(swaps),
-            warnings=tuple(notes),
-        )
-
-    def _facts(self) -> dict[str, int]:
-        """What all processes must hold alike, as numbers and digests by name; nothing for one process."""
-        if process_count() == 1:
-            return {}
-        facts = {"step number": self._step, "number of live weights": self.budget.live}
-        facts |= {f"mask of {name}": mask_digest(mask) for name, mask in self.masks.items()}
-        facts |= {f"order of live heads in {name}": order_digest(units) for name, units in self.live_heads.items()}
-        facts |= {f"order of live neurons in {name}": order_digest(units) for name, units in self.live_neurons.items()}
-        return facts
-
-    @property
-    def _device(self) -> torch.device:
-        return next(iter(self._prunable.values())).device
-
-    def _block_report(self, swaps: Mapping[int, Swap]) -> dict[str, BlockUpdate]:
-        return self._units.report(swaps) if self._units is not None else {}
-
-    def _synchronize(self) -> None:
-        """Wait for the device, so that the reported seconds are the update's own."""
-        device = next(self.model.parameters()).device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
 
     def _arm(self, *, together: bool = False) -> None:
         """Collect the growth gradient during the next optimizer step if an update is near.
@@ -482,15 +306,13 @@ class SparsityScheduler:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides future masks, as tensors, numbers, strings, lists and dictionaries."""
-        if self._weights and self._following is not None:
-            self._enforcement.look(everywhere=True)
+        live = self._live_state()
         return {
             "step": self._exact_step(),
             "last_update": self._last_update,
             "passes_per_step": self._passes(),
             "total_steps": self.schedule.total_steps,
-            "weights": self._weights.state_dict() if self._weights else None,
-            "units": self._units.state_dict() if self._units else None,
+            **live,
         }
 
     def take_shapes(self, state: Mapping[str, Any]) -> bool:
@@ -505,25 +327,16 @@ class SparsityScheduler:
         """
         if self._units is None or state["units"] is None:
             return False
-        averages = dict(self._ema.named_parameters(remove_duplicate=False)) if self._ema is not None else {}
-        changed = self._units.take_shapes(state["units"], averages)
+        changed = self._take_unit_shapes(state["units"])
         if not changed:
             return False
-        members = self._following.optimizers.members if self._following is not None else ()
         if self._following is not None:
+            members = self._following.optimizers.members
             self._following.remove()
-        for name in changed:
+            parameters = dict(self.model.named_parameters())
             for optimizer in members:
-                optimizer.state.pop(dict(self.model.named_parameters())[name], None)
-        if self._weights is not None:
-            live = self._weights.live_count()
-            self._weights.remove()
-            self._weights = WeightMasks(
-                prunable_weights(self.model, self.config.include, self.config.exclude), live, self.config
-            )
-        masks = self._weights.masks if self._weights else {}
-        self._enforcement = Enforcement({n: p for n, p in self._prunable.items() if n in masks}, masks)
-        if members:
+                for name in changed:
+                    optimizer.state.pop(parameters[name], None)
             self._follow(members)
         return True
 
@@ -538,19 +351,10 @@ class SparsityScheduler:
                 f"the saved schedule is over {state['total_steps']:,} steps, this one over "
                 f"{self.schedule.total_steps:,}"
             )
-        for what, own in (("weights", self._weights), ("units", self._units)):
-            if (state[what] is None) != (own is None):
-                raise ValueError(f"the saved state {'has no' if state[what] is None else 'has'} {what} masks")
-        if self._weights:
-            self._weights.check_state(state["weights"])  # before anything changes
-        if self._units:
-            self._units.load_state_dict(state["units"])
-        if self._weights:
-            self._weights.load_state_dict(state["weights"])
+        self._load_live_state(state)
         self._step, self._last_update = int(state["step"]), int(state["last_update"])
         self._passes_per_step = int(state["passes_per_step"])
         self._updates = sum(step <= self._last_update for step in self.schedule.update_steps)
-        self._enforcement.remember()
         if self._following is not None:
             self._following.reset(self._passes_per_step)
         self._arm()

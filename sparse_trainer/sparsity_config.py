@@ -8,6 +8,7 @@ from typing import Any
 
 from sparse_trainer.budget import DISTRIBUTIONS
 from sparse_trainer.patterns import read_pattern
+from sparse_trainer.update_schedule import UpdateSchedule
 
 GROWTH = ("gradient", "random")
 SWAPS = ("always", "if_better", "explore")
@@ -112,6 +113,21 @@ class SparsityConfig:
     def masks_weights(self) -> bool:
         """Whether single weights are masked."""
         return self.density is not None or self.live_parameters is not None
+
+    def schedule(self, total_steps: int) -> UpdateSchedule:
+        """When masks change in a run of so many optimizer steps.
+
+        Raises:
+            ValueError: if more updates are asked for than there are steps.
+        """
+        return UpdateSchedule(
+            total_steps=total_steps,
+            update_every=self.update_every,
+            updates=self.updates,
+            drop_fraction=self.drop_fraction,
+            drop_fraction_end=self.drop_fraction_end,
+            stop_at=self.stop_at,
+        )
 
     def _problems(self) -> list[str]:
         problems = []

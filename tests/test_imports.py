@@ -49,6 +49,7 @@ FLOORS = {
         "growth_gradient": 2,
         "weight_masks": 3,
         "taking_over": 5,
+        "mask_owner": 5,
         "scheduler": 6,
         "kernels.library": 0,
         "kernels.masking": 1,

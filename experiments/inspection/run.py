@@ -17,7 +17,6 @@ from sparse_trainer.files.checkpoint import CheckpointError
 from sparse_trainer.files.tensor_file import fault, parse_json, quote
 from sparse_trainer.mask_log import MaskRecord, read_timeline
 from sparse_trainer.report import MaskUpdate
-from sparse_trainer.update_schedule import UpdateSchedule
 
 MOST_UNITS = 1 << 17
 """Heads or neurons of a block in a report that is believed."""
@@ -71,12 +70,7 @@ class Run:
         if sparsity is None:
             return 0
         try:
-            schedule = UpdateSchedule(
-                self.total_steps,
-                update_every=sparsity.update_every,
-                updates=sparsity.updates,
-                stop_at=sparsity.stop_at,
-            )
+            schedule = sparsity.schedule(self.total_steps)
         except ValueError:  # the configuration has been edited since
             return None
         return len(schedule.update_steps)

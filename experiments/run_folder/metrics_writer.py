@@ -16,7 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -27,6 +30,8 @@ MOST_POINTS = 2048
 """Of a curve that is remembered; then every second one is forgotten."""
 
 
+COLOURS = 192
+"""Of a picture, at most."""
 NO_CHARTS = ("budget/",)
 """Beginnings of tags that would be flat lines in TensorBoard; the budget is in the text and in the overview."""
 
@@ -214,6 +219,20 @@ class MetricsWriter(SummaryWriter):
         """Several numbers of one step, by tag."""
         for tag, value in values.items():
             self.add_scalar(tag, value, step)
+
+    def add_image(self, tag: str, img_tensor: Any, global_step: Any = None, *args: Any, **kwargs: Any) -> None:
+        """A picture ``[3, H, W]``, in bytes or from 0 to 1. It is stored with a palette: drawn in few colours, it takes
+        half of the time and of the place so."""
+        pixels = img_tensor.detach().cpu()
+        if pixels.is_floating_point():
+            pixels = (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
+        picture = Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
+        encoded = io.BytesIO()
+        picture.quantize(COLOURS, method=Image.Quantize.FASTOCTREE).save(encoded, "PNG", compress_level=4)
+        image = Summary.Image(
+            height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
+        )
+        self._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), global_step)
 
     def add_charts(self, values: Mapping[str, float], step: int) -> None:
         """Numbers for TensorBoard alone: what a clock said, which ``metrics.jsonl`` need not repeat."""

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from experiments.__main__ import commands, main
-from experiments.commands.conclusion import dense_accuracy, is_unchanged
+from experiments.commands.conclusion import dense_accuracy, is_unchanged, references
 from experiments.commands.train_help import MATTER
 from experiments.config.reading import RECORDS, load_config, recipes
 from experiments.evaluation.speed import images_per_second
@@ -26,6 +26,7 @@ from experiments.run_folder.folder import RunFolder
 from models.selector_config import SelectorConfig
 from sparse_trainer import SparsityConfig
 
+ROOT = Path(__file__).parent.parent
 SMALL = [
     "--selector=null", "--losses.macs_target=null",
     "--model.kwargs={embed_dim: 24, depth: 2, patch_size: 7}", "--data.train_subset=100", "--data.eval_subset=20",
@@ -259,7 +260,10 @@ def test_help_on_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_dense_network_stands_beside_the_result(tmp_path: Path) -> None:
     """Its accuracy is known for a recipe as it is, whatever the seed; of any other run it is said how to find out."""
     plain = load_config(recipes()["quickstart"])
-    assert re.fullmatch(r"top-1 \d\d\.\d\d % \(mean of \d seeds\)", dense_accuracy(plain))
+    report = json.loads((ROOT / "experiments" / "results" / "quickstart.json").read_text())
+    (row,) = [row for row in report["rows"] if row["entry"] == "dense"]
+    assert references() == {"quickstart": {"top1": row["top1_mean"], "seeds": row["seeds"]}}
+    assert re.fullmatch(rf"top-1 {row['top1_mean']:.2f} % \((one seed|mean of \d seeds)\)", dense_accuracy(plain))
     for section, changes in (("training", {"seed": 3}), ("output", {"name": "mine"}), ("training", {"amp": "float32"})):
         changed = dataclasses.replace(getattr(plain, section), **changes)
         assert is_unchanged(dataclasses.replace(plain, **{section: changed}))

@@ -123,7 +123,8 @@ def dense_accuracy(config: RunConfig) -> str:
         return ""
     reference = references().get(config.recipe)
     if reference is not None and is_unchanged(config):
-        return f"top-1 {reference['top1']:.2f} % (mean of {reference['seeds']} seeds)"
+        seeds = "one seed" if reference["seeds"] == 1 else f"mean of {reference['seeds']} seeds"
+        return f"top-1 {reference['top1']:.2f} % ({seeds})"
     return "not known: train it with --sparsity null --selector null"
 
 

@@ -1,4 +1,4 @@
-"""The masks of single weights: their hooks, the growth gradient, and one update of all layers.
+"""The masks of single weights: their hooks, and one update of all layers.
 
 Between updates the only memory beyond the dense network is one bool per prunable weight (and one bit for the
 exploration rate). The dense growth gradient exists only on the steps that collect it.
@@ -18,22 +18,13 @@ from torch.utils.hooks import RemovableHandle
 from sparse_trainer.budget import allocate
 from sparse_trainer.generators import restore_generator
 from sparse_trainer.growth_gradient import GrowthGradient
-from sparse_trainer.masks import (
-    MaskChange,
-    count_bits,
-    count_live,
-    kill_dead,
-    largest_per_segment,
-    pack_bits,
-    prune_and_grow,
-    unpack_bits,
-    zero_dead,
-)
+from sparse_trainer.masks import MaskChange, count_bits, count_live, kill_dead, pack_bits, unpack_bits, zero_dead
 from sparse_trainer.optimizer_state import Optimizers, carry_over
-from sparse_trainer.patterns import Pattern, patterns_of, read_pattern, whole_blocks
+from sparse_trainer.patterns import patterns_of, read_pattern, whole_blocks
 from sparse_trainer.prunable import matrices
 from sparse_trainer.report import LayerUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
+from sparse_trainer.weight_choice import choose, choose_globally
 
 
 def allocation_of(shapes: Mapping[str, Sequence[int]], live: int, distribution: str) -> dict[str, int]:
@@ -229,15 +220,31 @@ class WeightMasks:
         eligible = {name: ~mask for name, mask in frozen.items()}
         changes: dict[str, MaskChange] = {}
         if self.config.distribution == "global":
+            floors = {name: self.config.floor * count for name, count in self.allocation.items()}
             for pattern in dict.fromkeys(self.patterns.values()):  # blocks of a size compete with one another
-                changes |= self._choose_globally(pattern, drop_fraction, gradients, eligible)
+                names = [name for name, own in self.patterns.items() if own == pattern]
+                changes |= choose_globally(
+                    pattern,
+                    {name: self.parameters[name].detach() for name in names},
+                    self.masks,
+                    {name: self._growth_score(name, gradients) for name in names},
+                    floors,
+                    drop_fraction,
+                    regrow=self.config.regrow,
+                    eligible=eligible,
+                )
 
         def one(name: str) -> LayerUpdate:
             with torch.no_grad():  # which a thread does not inherit
-                if self.config.distribution == "global":
-                    change = changes[name]
-                else:
-                    change = self._choose(name, drop_fraction, gradients, eligible.get(name))
+                change = changes.get(name) or choose(
+                    self.patterns[name],
+                    self.parameters[name],
+                    self.masks[name],
+                    self._growth_score(name, gradients),
+                    drop_fraction,
+                    regrow=self.config.regrow,
+                    eligible=eligible.get(name),
+                )
                 return self._apply(name, change, optimizer, ema.get(name), gradients.get(name))
 
         names = list(self.parameters)
@@ -247,18 +254,6 @@ class WeightMasks:
             with ThreadPoolExecutor(max(1, min(len(names), torch.get_num_threads()))) as pool:
                 return dict(zip(names, pool.map(one, names), strict=True))
         return {name: one(name) for name in names}
-
-    def _choose(
-        self, name: str, drop_fraction: float, gradients: Mapping[str, Tensor], eligible: Tensor | None
-    ) -> MaskChange:
-        """What changes in one layer."""
-        parameter, mask = self.parameters[name], self.masks[name]
-        score = self._growth_score(name, gradients)
-        if score is None:
-            return MaskChange(mask.clone(), torch.zeros_like(mask), torch.zeros_like(mask), 0.0)
-        return self.patterns[name].update(
-            parameter, mask, score, drop_fraction, regrow=self.config.regrow, eligible=eligible
-        )
 
     def _apply(
         self,
@@ -288,63 +283,6 @@ class WeightMasks:
             explored=count_bits(self._ever_live[name]),
             threshold=change.threshold,
         )
-
-    def _choose_globally(
-        self,
-        pattern: Pattern,
-        drop_fraction: float,
-        gradients: Mapping[str, Tensor],
-        eligible: Mapping[str, Tensor],
-    ) -> dict[str, MaskChange]:
-        """One magnitude threshold and one gradient threshold over all layers of a pattern, none below its floor."""
-        names = [name for name, own in self.patterns.items() if own == pattern]
-        if pattern.live is not None:  # their budget is fixed group by group
-            return {name: self._choose(name, drop_fraction, gradients, eligible.get(name)) for name in names}
-        weight = torch.cat([pattern.sums(self.parameters[name].detach().abs()).reshape(-1) for name in names])
-        alive = {name: pattern.whole(self.masks[name]) for name in names}
-        live = torch.cat([alive[name].reshape(-1) for name in names])
-        sizes = [alive[name].numel() for name in names]
-        scores = [self._growth_score(name, gradients) for name in names]
-        score = torch.cat(
-            [
-                torch.zeros(n, device=weight.device) if s is None else pattern.sums(s).reshape(-1)
-                for s, n in zip(scores, sizes, strict=True)
-            ]
-        )
-        inside = torch.cat(
-            [
-                torch.zeros_like(alive[name]).reshape(-1)
-                if s is None
-                else pattern.whole(eligible.get(name, torch.ones_like(self.masks[name]))).reshape(-1)
-                for name, s in zip(names, scores, strict=True)
-            ]
-        )
-        # The strongest weights of each layer, up to its floor, are not up for pruning.
-        floors = [
-            min(max(1, int(self.config.floor * self.allocation[name] / pattern.size)), count_live(alive[name]))
-            for name in names
-        ]
-        kept = largest_per_segment(weight, live, sizes, floors)
-        inside = inside & ~(kept & live)
-        count = min(
-            round(drop_fraction * count_live(live)),
-            count_live(live & inside),
-            count_live(inside & ~live),
-        )
-        change = prune_and_grow(weight, live, score, count, regrow=self.config.regrow, eligible=inside)
-        parts = zip(
-            names,
-            change.live.split(sizes),
-            change.removed.split(sizes),
-            change.added.split(sizes),
-            strict=True,
-        )
-        result = {}
-        for name, *changed in parts:
-            shape, grid = self.masks[name].shape, alive[name].shape
-            after, removed, added = (pattern.expand(mask.view(grid), shape) for mask in changed)
-            result[name] = MaskChange(after, removed, added, change.threshold)
-        return result
 
     def _growth_score(self, name: str, gradients: Mapping[str, Tensor]) -> Tensor | None:
         """What ranks the dead elements of a layer; None where nothing does, so that the layer is left alone.

@@ -47,6 +47,7 @@ FLOORS = {
         "unit_exchange": 2,
         "unit_swaps": 4,
         "growth_gradient": 2,
+        "weight_choice": 2,
         "weight_masks": 3,
         "taking_over": 5,
         "mask_owner": 5,

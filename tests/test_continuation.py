@@ -181,7 +181,7 @@ def test_killed_before_it_had_saved_anything(tmp_path: Path, capsys: pytest.Capt
     expected = fingerprint(later.path)
     for path in ("checkpoints", "masks", "tensorboard"):
         shutil.rmtree(later.path / path)
-    for path in ("metrics.jsonl", "sparse.safetensors"):
+    for path in ("README.md", "metrics.jsonl", "sparse.safetensors"):
         (later.path / path).unlink()
     capsys.readouterr()
     go_on(later)

@@ -189,7 +189,8 @@ def test_killed_before_it_had_saved_anything(tmp_path: Path, capsys: pytest.Capt
     assert not differences(expected, fingerprint(later.path))
     (later.path / "origin.json").write_text("[]")
     shutil.rmtree(later.path / "checkpoints")
-    (later.path / "sparse.safetensors").unlink()
+    for path in ("README.md", "sparse.safetensors"):
+        (later.path / path).unlink()
     assert main(["train", f"--resume={later.path}"]) == 2
     assert "origin.json cannot be read" in last_line(capsys)
 

@@ -163,6 +163,7 @@ def test_a_foreign_file_from_end_to_end(tmp_path: Path, images: Path, capsys: py
     assert main([*command, "--epochs", "1"]) == 0
     output = capsys.readouterr().out
     assert "pos_embed resampled" in output
+    assert all((tmp_path / "runs" / name / "README.md").is_file() for name in ("s-dense", "s")), "a card beside each"
     dense, small = (read_info(tmp_path / "runs" / name / "sparse.safetensors") for name in ("s-dense", "s"))
     assert (dense.class_names, dense.mean, dense.image_size) == (CLASSES, (0.5, 0.5, 0.5), (42, 42))
     assert (small.class_names, small.mean, small.std) == (CLASSES, dense.mean, dense.std)

@@ -15,13 +15,13 @@ from experiments.config.reading import flatten, load_config, recipes
 from experiments.config.run_config import RunConfig
 from experiments.evaluation.measuring import describe_tokens, missed_target
 from experiments.evaluation.speed import images_per_second
-from experiments.run_folder.model_card import CARD, known_dataset, model_card, write_card
+from experiments.run_folder.model_card import CARD, write_card
 from experiments.run_folder.same_settings import differing
 from experiments.terminal import print_table
 from experiments.training.loop import Loop
 from experiments.training.trainer import Trainer
 from models import create_model
-from sparse_trainer import accelerate, read_info
+from sparse_trainer import accelerate
 
 OF_NO_MATTER = ("training.seed", "training.amp", "training.deterministic", "losses.teacher_amp")
 """Settings with which a recipe still comes to what it is known to come to, but for chance."""
@@ -39,12 +39,8 @@ def conclude(loop: Loop, console: Console) -> None:
     if not loop.processes.is_main:
         return
     assert history.best is not None
-    info, dataset = read_info(folder.sparse), trainer.config.data.dataset
-    card = model_card(info, file=folder.sparse.name, size=folder.sparse.stat().st_size, dataset=known_dataset(dataset))
-    if not write_card(folder.path, card):
-        console.print(
-            f"note: {folder.path / CARD} is not ours and stays as it is; there is no model card", markup=False
-        )
+    if not write_card(folder.sparse, trainer.config.data):
+        console.print(f"note: {folder.path / CARD} is not ours and stays; there is no model card", markup=False)
     last, best, count = history.evaluations[-1], history.best, trainer.count()
     prefix = "ema_" if trainer.ema is not None else ""
     sparse_bytes = folder.sparse.stat().st_size

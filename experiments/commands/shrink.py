@@ -22,6 +22,7 @@ from experiments.data.create_data import create_data
 from experiments.errors import ConfigError
 from experiments.evaluation.evaluate_checkpoint import evaluate
 from experiments.run_folder.folder import RunFolder, create_run_folder
+from experiments.run_folder.model_card import write_card
 from experiments.shrinking.dense import images_for, latency_share, model_config, open_dense, save_dense
 from experiments.shrinking.plan import Plan, Target, make_plan
 from experiments.shrinking.source import Source, find_source
@@ -116,6 +117,7 @@ def _shrink(arguments: list[str]) -> int:
     name = config.output.name or f"{RECIPE}-{_word(request.source.name)}"
     folder = create_run_folder(dataclasses.replace(config.output, name=None), f"{name}-{DENSE}")
     save_dense(folder.sparse, network, data, RECIPE)
+    write_card(folder.sparse, config.data)
     write_atomically(folder.config, [to_yaml(config).encode()])
     written = folder.path / "plan.yaml"
     write_atomically(written, [_plan_text(config, request.source, plan, folder).encode()])

@@ -82,40 +82,27 @@ def export_csr(source: Source, target: Path, overwrite: bool) -> tuple[float, li
     return compare(opened, source.model, source.images), notes
 
 
+def _write_sparse(source: Source, path: Path) -> float:
+    """A sparse checkpoint, opened again and compared; the largest difference of its logits."""
+    save_sparse(path, source.model, masks=source.masks, info=source.info, dtype=source.dtype, create_model=create_model)
+    opened = load_sparse(path, create_model=create_model)
+    check(opened, source.rounded(source.model), source.images)
+    return compare(opened, source.model, source.images)
+
+
 def export_sparse(source: Source, target: Path, overwrite: bool) -> tuple[float, list[str]]:
     """The sparse checkpoint; as :func:`export_dense`."""
-    rounded = source.rounded(source.model)
     with staged(target, overwrite=overwrite) as new:
-        save_sparse(
-            new,
-            source.model,
-            masks=source.masks,
-            info=source.info,
-            dtype=source.dtype,
-            create_model=create_model,
-        )
-        opened = load_sparse(new, create_model=create_model)
-        check(opened, rounded, source.images)
-    return compare(opened, source.model, source.images), []
+        return _write_sparse(source, new), []
 
 
 def export_hub(source: Source, target: Path, overwrite: bool) -> tuple[float, list[str]]:
     """The folder for the hub; as :func:`export_dense`."""
-    rounded = source.rounded(source.model)
     with staged(target, overwrite=overwrite) as new:
         new.mkdir()
-        save_sparse(
-            new / hub.CHECKPOINT,
-            source.model,
-            masks=source.masks,
-            info=source.info,
-            dtype=source.dtype,
-            create_model=create_model,
-        )
-        opened = load_sparse(new / hub.CHECKPOINT, create_model=create_model)
-        check(opened, rounded, source.images)
+        difference = _write_sparse(source, new / hub.CHECKPOINT)
         hub.write_hub(new, source)
-    return compare(opened, source.model, source.images), ["nothing was uploaded; read README.md before you do"]
+        return difference, ["nothing was uploaded; read README.md before you do"]
 
 
 WRITERS: dict[str, Callable[[Source, Path, bool], tuple[float, list[str]]]] = {

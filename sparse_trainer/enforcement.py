@@ -31,6 +31,7 @@ FIRST_STEPS = 3
 SAMPLED_LAYERS, SAMPLED_WEIGHTS = 4, 64
 LARGE = 1 << 20
 """Elements from which several threads are worth starting."""
+
 Stamp = tuple[int, int]
 
 

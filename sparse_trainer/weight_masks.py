@@ -314,22 +314,26 @@ class WeightMasks:
             "growth": self.growth.state_dict(),
         }
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Whether a saved state is one of these masks; changes nothing.
+    def check_state(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The masks of a saved state, if it may take the place of these; changes nothing.
 
         Raises:
             ValueError: if the state is of other layers, of another pattern or of another budget.
         """
-        if state["pattern"] != self.config.pattern:
+        pattern = state.get("pattern", self.config.pattern)  # older states do not say
+        if pattern != self.config.pattern:
             raise ValueError(
-                f"the saved masks are of pattern {state['pattern']}, the configuration's is {self.config.pattern}; go "
-                f"on with pattern={state['pattern']!r}"
+                f"the saved masks are of pattern {pattern}, the configuration's is {self.config.pattern}; go on with "
+                f"pattern={pattern!r}"
             )
         expected, found = set(self.masks), set(state["masks"])
         if expected != found:
             odd = sorted(expected ^ found)
             raise ValueError(f"the saved masks are of other layers than the model's: {', '.join(odd[:4])}")
-        masks = self._masks_of(state)
+        masks = {
+            name: unpack_bits(bits, self.masks[name].numel()).view(self.masks[name].shape)
+            for name, bits in state["masks"].items()
+        }
         odd = [name for name, mask in masks.items() if not self.patterns[name].fits(mask)]
         if odd:
             raise ValueError(f"the saved mask of {odd[0]} is not of pattern {self.patterns[odd[0]]}")
@@ -338,12 +342,7 @@ class WeightMasks:
             raise ValueError(
                 f"the saved masks have {live:,} live elements, the budget is {sum(self.allocation.values()):,}"
             )
-
-    def _masks_of(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {
-            name: unpack_bits(bits, self.masks[name].numel()).view(self.masks[name].shape)
-            for name, bits in state["masks"].items()
-        }
+        return masks
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore masks, exploration, generator and the growth gradient.
@@ -351,8 +350,7 @@ class WeightMasks:
         Raises:
             ValueError: as :meth:`check_state`.
         """
-        self.check_state(state)
-        for name, mask in self._masks_of(state).items():
+        for name, mask in self.check_state(state).items():
             self.masks[name].copy_(mask)
             self._ever_live[name] = state["ever_live"][name].clone()
         restore_generator(self.generator, state["generator"])

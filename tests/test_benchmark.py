@@ -38,7 +38,7 @@ from experiments.benchmarks.kernels import (
     torch_bsr,
     torch_csr,
 )
-from experiments.benchmarks.patterns import Kept, Patterns, benchmark_patterns
+from experiments.benchmarks.patterns import Patterns, benchmark_patterns
 from experiments.benchmarks.report import Report, Row, create_dense, latency_rows, size_rows, throughput_row
 from experiments.benchmarks.report_page import cells, print_report, to_html, write_page
 from experiments.benchmarks.save import read_plain, save_flushed
@@ -393,7 +393,7 @@ def test_patterns_beside_dense_networks(tmp_path: Path, capsys: pytest.CaptureFi
     plain = benchmark_patterns(
         Setting(model="deit_tiny_patch16_224", image_size=32, patch_size=8, device="cpu", amp="float32", pairs=1),
         Patterns(patterns=("1x1",), densities=(0.25,), batches=(1,)),
-        Kept(),
+        Structure(heads=1.0, neurons=1.0),
     )
     model = timm.create_model("deit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=10)
     config = SparsityConfig(density=0.25, updates=0)

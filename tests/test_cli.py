@@ -299,3 +299,17 @@ def test_speeds_are_medians_of_networks_that_take_turns(monkeypatch: pytest.Monk
     assert len(calls) == 2 * 6  # rounds of 0.75 seconds; none begins after 4
     assert slow.training
     assert not fast.training
+
+
+def test_a_trained_run_is_not_lost_for_its_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(trainer: object) -> None:
+        raise RuntimeError("no clock")
+
+    monkeypatch.setattr("experiments.training.loop.measure_speeds", fail)
+    assert main(["train", *SMALL, f"--output.runs={tmp_path}", "--output.name=run"]) == 0
+    assert (tmp_path / "run" / "sparse.safetensors").is_file()
+    out = capsys.readouterr().out
+    assert "note: images per second were not measured: RuntimeError('no clock')" in out
+    assert "images per second \u2502" not in out

@@ -17,6 +17,7 @@ from experiments.benchmarks.setting import (
     make_model,
     make_small,
     textured_images,
+    threshold_selector,
 )
 from experiments.benchmarks.timing import Figure, paired, percentiles
 from models import Selection, tokens_per_block
@@ -77,8 +78,7 @@ def benchmark_inference(setting: Setting, structure: Structure) -> list[Figure]:
     if structure.tokens < 1:
         variants += [("fewer tokens, image by image", full, True), ("both", structure, True)]
     for name, units, tokens in variants:
-        stages = tuple(max(1, round(stage * depth / 12)) for stage in (4, 7, 10))
-        model = make_small(setting, units, {"kind": "threshold", "stages": stages} if tokens else None)
+        model = make_small(setting, units, threshold_selector(dense) if tokens else None)
         mean_tokens = None
         if tokens:
             run = classifier(model, replace(setting, compile=False))

@@ -19,7 +19,6 @@ from experiments.benchmarks.setting import (
     textured_images,
 )
 from experiments.benchmarks.timing import Figure, alternate, percentiles_of, summarize
-from experiments.errors import ConfigError
 from experiments.exports.onnx import export_onnx, onnx_session, require_onnx, run_onnx
 from sparse_trainer import flops
 
@@ -42,10 +41,7 @@ def benchmark_onnx(setting: Setting, structure: Structure) -> list[Figure]:
         ConfigError: there is no such model, or a library is missing.
         CheckpointError: the network cannot be exported.
     """
-    try:
-        require_onnx()
-    except ConfigError as error:
-        raise ConfigError(str(error).removeprefix("--format ")) from error
+    require_onnx("onnx")
     dense, small = make_model(setting).eval(), make_small(setting, structure, structure.top_k).eval()
     images = textured_images(setting.batch_size, setting.image_size, CPU)
     macs, dense_macs = macs_of(small, structure), flops.count(dense).macs

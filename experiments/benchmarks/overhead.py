@@ -23,7 +23,7 @@ def benchmark_overhead(setting: Setting, weights: Weights) -> list[Figure]:
     """
     device = setting.on
     model = make_model(setting).train()
-    config = SparsityConfig(density=weights.density, updates=0)
+    config = SparsityConfig(density=weights.density, pattern=weights.pattern, updates=0)
     scheduler = SparsityScheduler(model, config, total_steps=10**7)
     # One model, one optimizer and one batch for both: the only difference is whether the scheduler is attached.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -73,7 +73,9 @@ def benchmark_overhead(setting: Setting, weights: Weights) -> list[Figure]:
 def _update_seconds(setting: Setting, weights: Weights) -> float:
     """Median time of one update: every step updates."""
     model = make_model(setting).train()
-    scheduler = SparsityScheduler(model, SparsityConfig(density=weights.density, update_every=1), total_steps=1000)
+    scheduler = SparsityScheduler(
+        model, SparsityConfig(density=weights.density, pattern=weights.pattern, update_every=1), total_steps=1000
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     scheduler.attach(optimizer)
     images, targets = make_batch(replace(setting, batch_size=2))

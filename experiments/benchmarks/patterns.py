@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from experiments.benchmarks.inference import calibrate
+from experiments.benchmarks.onnx import CPU, REST, WARMUP
 from experiments.benchmarks.setting import (
     Setting,
     Structure,
-    check_shares,
     classifier,
     inference,
     make_model,
     make_small,
     textured_images,
+    threshold_selector,
 )
 from experiments.benchmarks.timing import Figure, alternate, summarize
 from experiments.config.reading import naming
@@ -32,15 +33,6 @@ from sparse_trainer import SparsityConfig, SparsityScheduler, accelerate, flops
 from sparse_trainer.kernels.accelerate import KERNELS, describe_choices
 from sparse_trainer.patterns import read_pattern
 from sparse_trainer.units import find_blocks
-
-CPU = torch.device("cpu")
-WARMUP = 2
-"""Rounds that do not count."""
-REST = 0.15
-"""Seconds before each timing: onnxruntime's threads wait busily for more work, and would take a core from whoever comes
-next."""
-STAGES = (4, 7, 10)
-"""Blocks of twelve at which a selector chooses."""
 
 
 @dataclass(frozen=True)
@@ -70,22 +62,7 @@ class Patterns:
             raise ConfigError("; ".join(problems))
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What is left of units and tokens; 1 for all."""
-
-    heads: float = 1.0
-    """Share of live heads."""
-    neurons: float = 1.0
-    """Share of live neurons."""
-    tokens: float = 1.0
-    """Mean share of the patches that thresholds keep at each of three stages."""
-
-    def __post_init__(self) -> None:
-        check_shares(self, "heads", "neurons", "tokens")
-
-
-def benchmark_patterns(setting: Setting, patterns: Patterns, kept: Kept) -> list[Figure]:
+def benchmark_patterns(setting: Setting, patterns: Patterns, kept: Structure) -> list[Figure]:
     """A network that skips its dead weights, beside dense PyTorch and dense onnxruntime, in turns in one run.
 
     The masks are drawn, since which weights live does not matter to the time. Ideal is what MACs of live weights and
@@ -99,10 +76,7 @@ def benchmark_patterns(setting: Setting, patterns: Patterns, kept: Kept) -> list
     Raises:
         ConfigError: there is no such model, a density that a pattern cannot meet, or onnxruntime is missing.
     """
-    try:
-        require_onnx()
-    except ConfigError as error:
-        raise ConfigError(str(error).removeprefix("--format ")) from error
+    require_onnx("patterns")
     dense = make_model(setting).eval()
     session = onnx_session(
         build_onnx(dense, (3, setting.image_size, setting.image_size)).SerializeToString(), torch.get_num_threads()
@@ -162,15 +136,13 @@ def _tokens(model: nn.Module) -> int:
 
 
 def _masked(
-    setting: Setting, kept: Kept, pattern: str, density: float, images: Tensor
+    setting: Setting, kept: Structure, pattern: str, density: float, images: Tensor
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """A network in evaluation mode, and its masks: the density is that of the weights that heads and neurons leave."""
     selector = None
     if kept.tokens < 1:
-        depth = len(find_blocks(make_model(setting)))
-        stages = tuple(max(1, round(stage * depth / 12)) for stage in STAGES)
-        selector = {"kind": "threshold", "stages": stages}
-    model = make_small(setting, Structure(heads=kept.heads, neurons=kept.neurons), selector).eval()
+        selector = threshold_selector(make_model(setting))
+    model = make_small(setting, kept, selector).eval()
     masks: dict[str, Tensor] = {}
     if density < 1:
         with naming("densities"), warnings.catch_warnings():

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from experiments.benchmarks.images import sample
-from experiments.benchmarks.patterns import REST
+from experiments.benchmarks.onnx import REST
 from experiments.benchmarks.setting import Setting, Step, classifier, inference
 from experiments.benchmarks.timing import PERCENTILES, Spread, alternate, peak_memory, percentiles_of, spread
 from experiments.errors import ConfigError

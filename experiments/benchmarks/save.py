@@ -74,7 +74,8 @@ def benchmark_save(setting: Setting, weights: Weights, place: Place) -> list[Fig
     """
     model = make_model(setting).train()
     dense = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    scheduler = SparsityScheduler(model, SparsityConfig(density=weights.density, update_every=10**6), total_steps=10**7)
+    config = SparsityConfig(density=weights.density, pattern=weights.pattern, update_every=10**6)
+    scheduler = SparsityScheduler(model, config, total_steps=10**7)
     with tempfile.TemporaryDirectory(dir=place.folder) as folder:
         return [
             *_files(Path(folder), setting, model, scheduler, dense),

@@ -19,6 +19,7 @@ from experiments.evaluation.precision import narrow, precision_context
 from experiments.training.losses import distillation_loss
 from models import create_model
 from sparse_trainer import flops
+from sparse_trainer.patterns import read_pattern
 from sparse_trainer.units import compact, find_blocks
 
 Step = Callable[[], object]
@@ -105,9 +106,13 @@ class Weights:
 
     density: float = 0.5
     """Share of live weights."""
+    pattern: str = "1x1"
+    """Which of them live and die together."""
 
     def __post_init__(self) -> None:
         check_shares(self, "density")
+        with naming("pattern"):
+            read_pattern(self.pattern)
 
 
 def make_model(setting: Setting, selector: dict[str, Any] | None = None) -> nn.Module:
@@ -124,6 +129,12 @@ def make_model(setting: Setting, selector: dict[str, Any] | None = None) -> nn.M
         except TypeError as error:
             raise ConfigError(f"model: {setting.model} takes no image and patch size; give a ViT of timm") from error
     return model.to(setting.on)
+
+
+def threshold_selector(dense: nn.Module) -> dict[str, Any]:
+    """Thresholds before three blocks, as published for twelve."""
+    depth = len(find_blocks(dense))
+    return {"kind": "threshold", "stages": sorted({max(1, round(stage * depth / 12)) for stage in (4, 7, 10)})}
 
 
 def make_batch(setting: Setting) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
 
 from experiments.benchmarks.inference import calibrate
 from experiments.benchmarks.setting import (
@@ -18,6 +17,7 @@ from experiments.benchmarks.setting import (
     make_model,
     make_small,
     textured_images,
+    threshold_selector,
     training_step,
 )
 from experiments.benchmarks.timing import Figure, alternate, paired, peak_memory, summarize
@@ -48,16 +48,10 @@ def small_step(setting: Setting, structure: Structure) -> Step:
 
 def adaptive_step(setting: Setting, structure: Structure, thresholds: tuple[float, ...], taught: bool) -> Step:
     """A training step of the model with these thresholds, with the dense model as its teacher if ``taught``."""
-    model = make_small(setting, structure, selector_of(setting, make_model(setting))).train()
+    model = make_small(setting, structure, threshold_selector(make_model(setting))).train()
     cast(Any, model).selector.thresholds.data.copy_(torch.tensor(thresholds))
     images = textured_images(setting.batch_size, setting.image_size, setting.on)
     return training_step(model, setting, images=images, teacher=make_model(setting) if taught else None)
-
-
-def selector_of(setting: Setting, dense: nn.Module) -> dict[str, Any]:
-    """Thresholds before three blocks, as published for twelve."""
-    depth = len(find_blocks(dense))
-    return {"kind": "threshold", "stages": sorted({max(1, round(stage * depth / 12)) for stage in (4, 7, 10)})}
 
 
 def benchmark_train(setting: Setting, structure: Structure, selection: Selection) -> list[Figure]:
@@ -91,7 +85,7 @@ def _adaptive(setting: Setting, structure: Structure) -> list[Figure]:
     if structure.tokens == 1:
         raise ConfigError("tokens: 1.0 keeps all patches; give the share that each of three stages keeps, such as 0.7")
     device, dense = setting.on, make_model(setting)
-    model = make_small(setting, structure, selector_of(setting, dense))
+    model = make_small(setting, structure, threshold_selector(dense))
     images = textured_images(setting.batch_size, setting.image_size, device)
     chosen = calibrate(model, images, structure.tokens, classifier(model, replace(setting, compile=False)))
     tokens = tokens_per_block(chosen, len(find_blocks(dense))).double().cpu()

@@ -21,7 +21,7 @@ from experiments.benchmarks.inference import benchmark_inference
 from experiments.benchmarks.kernels import Kernels, KernelTime, benchmark_kernels, kernels_content, show_kernels
 from experiments.benchmarks.onnx import benchmark_onnx
 from experiments.benchmarks.overhead import benchmark_overhead
-from experiments.benchmarks.patterns import Kept, Patterns, benchmark_patterns
+from experiments.benchmarks.patterns import Patterns, benchmark_patterns
 from experiments.benchmarks.report import Report, ReportOptions, measure_report
 from experiments.benchmarks.report_page import check_page, print_report, write_page
 from experiments.benchmarks.save import Place, benchmark_save
@@ -114,7 +114,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "patterns": Command(
         benchmark_patterns,
-        (replace(LARGE, device="cpu"), Patterns(), Kept()),
+        (replace(LARGE, device="cpu"), Patterns(), Structure(heads=1.0, neurons=1.0)),
         show_figures,
         hidden=("batch_size", "compile", "device"),
     ),

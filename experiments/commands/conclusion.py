@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import shlex
-import warnings
 from importlib import resources
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 
 from experiments.config.reading import flatten, load_config, recipes
 from experiments.config.run_config import RunConfig
 from experiments.evaluation.measuring import describe_tokens, missed_target
-from experiments.evaluation.speed import images_per_second
 from experiments.run_folder.model_card import CARD, write_card
 from experiments.run_folder.same_settings import differing
 from experiments.terminal import print_table
 from experiments.training.loop import Loop
-from experiments.training.trainer import Trainer
-from models import create_model
-from sparse_trainer import accelerate
+from experiments.training.speeds import Speeds
 
 OF_NO_MATTER = ("training.seed", "training.amp", "training.deterministic", "losses.teacher_amp")
 """Settings with which a recipe still comes to what it is known to come to, but for chance."""
-IMAGES = 256
-"""Of the batch that is timed, at most."""
-
 WORTH_SAYING = 1.05
 """Times as fast that kernels must make a network to be named."""
 
@@ -53,7 +45,6 @@ def conclude(loop: Loop, console: Console) -> None:
         asked = f"; {computed:.1%} computed, {losses.macs_target:.1%} asked of training images"
         if trainer.tokens is not None:
             missed = missed_target(computed, losses.macs_target, trainer.tokens)
-    dense_speed, *speeds = _speeds(trainer)
     rows = [
         (
             "accuracy",
@@ -72,11 +63,12 @@ def conclude(loop: Loop, console: Console) -> None:
             f"{sparse_bytes / 1e6:,.3f} MB, {sparse_bytes / trainer.dense_bytes:.1%} of the dense weights",
             f"{trainer.dense_bytes / 1e6:,.3f} MB",
         ),
-        ("images per second", _describe_speeds(dense_speed, *speeds), f"{dense_speed:,.0f}"),
         ("training time", f"{minutes} min {seconds:02d} s, evaluation and saving not counted", ""),
         ("saved weights", "average over the training (EMA)" if trainer.ema is not None else "of the last step", ""),
         ("written to", str(folder.path), ""),
     ]
+    if loop.speeds is not None:
+        rows.insert(5, ("images per second", _describe_speeds(loop.speeds), f"{loop.speeds.dense:,.0f}"))
     if trainer.tokens is not None:
         rows.insert(4, ("patches kept", describe_tokens(trainer.tokens), "all"))
     if trainer.bad_steps:
@@ -92,24 +84,11 @@ def conclude(loop: Loop, console: Console) -> None:
     )
 
 
-def _speeds(trainer: Trainer) -> list[float]:
-    """Images per second of the dense network, whose weights do not matter here, of the one that was trained, and of
-    that one with kernels that skip dead weights, where it has any."""
-    images = next(iter(trainer.data.eval.batches()))[0][:IMAGES].to(trainer.device)
-    dense = create_model(trainer.model_name, **trainer.model_arguments).to(trainer.device)
-    models = [dense, trainer.result_model]
-    if trainer.masks:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there is no compiler
-            dtype = getattr(torch, trainer.config.training.amp)
-            models.append(accelerate(trainer.result_model, trainer.masks, dtype=dtype))
-    return images_per_second(models, images, trainer.autocast)
-
-
-def _describe_speeds(dense: float, plain: float, fast: float | None = None) -> str:
-    text = f"{plain:,.0f}, {plain / dense:.2f} times dense"
-    if fast is not None and fast > WORTH_SAYING * plain:
-        text += f"; {fast:,.0f}, {fast / dense:.2f} times dense, with --kernels auto"
+def _describe_speeds(speeds: Speeds) -> str:
+    text = f"{speeds.trained:,.0f}, {speeds.trained / speeds.dense:.2f} times dense"
+    fast = speeds.accelerated
+    if fast is not None and fast > WORTH_SAYING * speeds.trained:
+        text += f"; {fast:,.0f}, {fast / speeds.dense:.2f} times dense, with --kernels auto"
     return text
 
 

@@ -45,15 +45,18 @@ MOST_BYTES = 2**31 - 1
 """Of one protobuf message."""
 
 
-def require_onnx() -> None:
+def require_onnx(option: str = "--format onnx") -> None:
     """Say what to install.
+
+    Args:
+        option: what was asked for.
 
     Raises:
         ConfigError: a library is missing.
     """
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise ConfigError(f"--format onnx needs {', '.join(missing)}: pip install 'sparse-trainer[onnx]'")
+        raise ConfigError(f"{option} needs {', '.join(missing)}: pip install 'sparse-trainer[onnx]'")
 
 
 def build_onnx(model: nn.Module, input_size: tuple[int, int, int]) -> ModelProto:

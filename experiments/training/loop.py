@@ -20,6 +20,7 @@ from experiments.run_folder.folder import RunFolder
 from experiments.terminal import Display
 from experiments.training.resume_bundle import check_bundle, read_newest
 from experiments.training.run_log import Journal
+from experiments.training.speeds import Speeds, measure_speeds
 from experiments.training.trainer import StepResult, Trainer, TrainingError
 from models import create_model
 from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, save_resume, save_sparse
@@ -99,6 +100,7 @@ class Loop:
     def __init__(self, trainer: Trainer, folder: RunFolder) -> None:
         self.trainer, self.folder, self.processes = trainer, folder, trainer.processes
         self.history = History()
+        self.speeds: Speeds | None = None  #: once the run is complete, in the process that completed it
         self.clock = Clock()
         self.budget = trainer.budget
         self.score = "ema_top1" if trainer.ema is not None else "top1"
@@ -160,7 +162,7 @@ class Loop:
                 # A process that is alone need not hear of the request from the others.
                 self._look_up(display, stop, stopping=result.stop or (stop.made and self.processes.size == 1))
             self.clock.pause()
-            self._finish()
+            self._finish(display)
         finally:
             self.clock.pause()
             if self.journal is not None:  # still open if something went wrong, and then that is what matters
@@ -342,13 +344,22 @@ class Loop:
             create_model=create_model,
         )
 
-    def _finish(self) -> None:
+    def _measure_speeds(self, display: Display) -> Speeds | None:
+        """None, and a note, where that does not work: a run that is trained is not lost for it."""
+        try:
+            return measure_speeds(self.trainer)
+        except Exception as error:
+            display.line(f"note: images per second were not measured: {error!r:.200}")
+            return None
+
+    def _finish(self, display: Display) -> None:
         """The sparse checkpoint comes last: where it is, the run is complete."""
         with self._writing():
             if self.journal is not None:
                 final = {name: value for name, value in self.history.evaluations[-1].items() if name != "step"}
                 written = self.folder.sparse.with_name(f".{self.folder.sparse.name}.tmp")
                 self._save_sparse(written, final)
-                self.journal.end(final, written.stat().st_size)
+                self.speeds = self._measure_speeds(display)
+                self.journal.end(final, written.stat().st_size, self.speeds)
                 os.replace(written, self.folder.sparse)
                 self.folder.sync()

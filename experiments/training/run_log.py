@@ -9,17 +9,15 @@ from torch import Tensor
 
 from experiments.config.reading import flatten, to_yaml
 from experiments.evaluation.measuring import Measured
-from experiments.evaluation.speed import images_per_second
 from experiments.evaluation.token_overlay import draw, examples
 from experiments.run_folder.folder import RunFolder
 from experiments.run_folder.metrics_writer import MetricsWriter
+from experiments.training.speeds import Speeds
 from experiments.training.trainer import Trainer
 from sparse_trainer.mask_log import MaskLog
 from sparse_trainer.overview import overview
 from sparse_trainer.report import MaskUpdate
 
-IMAGES = 256
-"""Of the batch that is timed at the end, at most."""
 EXAMPLES = 10
 """Images in the picture of dropped patches."""
 PANELS = {
@@ -143,17 +141,18 @@ class Journal:
         picture, _ = draw(trainer.result_model, self._examples, data.mean, data.std, trainer.autocast)
         self.writer.add_image("tokens/overlay", picture, step)
 
-    def end(self, final: Mapping[str, float], file_size: int) -> None:
+    def end(self, final: Mapping[str, float], file_size: int, speeds: Speeds | None) -> None:
         """The run is complete: settings beside what it came to, for the HPARAMS page and as text.
 
         Args:
             final: the numbers of the last evaluation.
             file_size: of the sparse checkpoint, in bytes.
+            speeds: None where they were not measured.
         """
         trainer, tried = self.trainer, self.trainer.tried
-        images = next(iter(trainer.data.eval.batches()))[0][:IMAGES].to(trainer.device)
-        (speed,) = images_per_second((trainer.result_model,), images, trainer.autocast)
-        results = {"result/images_per_second": speed, "result/file_megabytes": file_size / 1e6}
+        results = {"result/file_megabytes": file_size / 1e6}
+        if speeds is not None:
+            results["result/images_per_second"] = speeds.trained
         self.writer.add_charts(results, tried)
         metrics = {f"eval/{name}": value for name, value in final.items()}
         metrics |= {"macs/share": trainer.count().live_macs / trainer.dense_macs, **results}

@@ -181,12 +181,21 @@ template <class E> void transpose_tile(const E *x, int64_t stride, int count, in
   }
 }
 
+// The live weights, as the caller laid them out.
+struct Network {
+  const float *weights;
+  const int32_t *places;
+  const int64_t *starts;
+  const float *bias;
+};
+
 // A job that threads share: they take tile after tile.
 struct Job {
   void (*work)(Job *, float *);
   std::atomic<int64_t> next;
   int64_t tiles;
-  const void *x, *weights, *columns, *starts, *bias;
+  const void *x;
+  Network network;
   void *y;
   int64_t tokens, in, out, x_stride, y_stride, chunk, buffer;
   int activation;
@@ -232,10 +241,7 @@ template <int R, int T, class E> void blocks_work(Job *job, float *tile) {
   const int64_t groups = (job->out + R - 1) / R, chunks = (job->in + job->chunk - 1) / job->chunk;
   const E *x = static_cast<const E *>(job->x);
   E *y = static_cast<E *>(job->y);
-  const float *weights = static_cast<const float *>(job->weights);
-  const int32_t *places = static_cast<const int32_t *>(job->columns);
-  const int64_t *starts = static_cast<const int64_t *>(job->starts);
-  const float *bias = static_cast<const float *>(job->bias);
+  const auto [weights, places, starts, bias] = job->network;
   float *sums = tile + (job->chunk + LINE - 1) / LINE * LINE * LINE;
   for (;;) {
     const int64_t k = job->next.fetch_add(1, std::memory_order_relaxed);
@@ -265,10 +271,7 @@ template <int V, class E> void any_work(Job *job, float *tile) {
   constexpr int T = V * LANES;
   const E *x = static_cast<const E *>(job->x);
   E *y = static_cast<E *>(job->y);
-  const float *weights = static_cast<const float *>(job->weights);
-  const int32_t *columns = static_cast<const int32_t *>(job->columns);
-  const int64_t *starts = static_cast<const int64_t *>(job->starts);
-  const float *bias = static_cast<const float *>(job->bias);
+  const auto [weights, columns, starts, bias] = job->network;
   const int64_t chunks = (job->in + job->chunk - 1) / job->chunk;
   float *sums = tile + job->chunk * T;
   float results[OUTPUTS * T];
@@ -424,7 +427,7 @@ int sparse_blocks(const void *x, int64_t x_stride, const float *weights, const i
                   int rows, int tile, int half, int activation, void *parallel, int threads) {
   Work work = half ? blocks_of<BFloat16>(rows, tile) : blocks_of<float>(rows, tile);
   if (!work) return 1;
-  Job job{work, {0}, (tokens + tile - 1) / tile, x, weights, places, starts, bias, y,
+  Job job{work, {0}, (tokens + tile - 1) / tile, x, {weights, places, starts, bias}, y,
           tokens, in, out, x_stride, y_stride, chunk, 0, activation};
   run(&job, (chunk + LINE - 1) / LINE * LINE * LINE, (out + rows - 1) / rows * rows * tile, parallel, threads);
   return 0;
@@ -438,7 +441,7 @@ int sparse_any(const void *x, int64_t x_stride, const float *weights, const int3
   Work work = half ? any_of<BFloat16>(vectors) : any_of<float>(vectors);
   if (!work) return 1;
   const int tile = vectors * LANES;
-  Job job{work, {0}, (tokens + tile - 1) / tile, x, weights, columns, starts, bias, y,
+  Job job{work, {0}, (tokens + tile - 1) / tile, x, {weights, columns, starts, bias}, y,
           tokens, in, out, x_stride, y_stride, chunk, 0, activation};
   run(&job, chunk * tile, (out + OUTPUTS) / OUTPUTS * OUTPUTS * tile, parallel, threads);
   return 0;

@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from sparse_trainer.budget import count_units
-from sparse_trainer.patterns import patterns_of, read_pattern, whole_blocks
+from sparse_trainer.falling import FallingBudget, steps_of_fall
+from sparse_trainer.masks import count_live
+from sparse_trainer.patterns import read_pattern, whole_blocks
 from sparse_trainer.prunable import describe_left_dense, left_dense, prunable_places
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.units import BlockUnits, find_blocks
-from sparse_trainer.weight_masks import allocation_of
+from sparse_trainer.update_schedule import UpdateSchedule
+from sparse_trainer.weight_masks import allocate_blocks, allocation_of, fitting_patterns
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,18 @@ class Plan:
     """What construction does."""
 
     total: int  #: prunable weights of the dense network
-    live: int | None  #: weights that stay live; None without weight masks
+    live: int | None  #: weights that are live at the start; None without weight masks
+    fall: FallingBudget | None  #: how many are live later on; None where as many stay
     heads: Mapping[str, int]  #: live heads by block; empty if none is taken out
     neurons: Mapping[str, int]
     notes: tuple[str, ...]  #: what was rounded, and what stays dense
 
 
-def plan(model: nn.Module, config: SparsityConfig, given: LiveNetwork | None = None) -> Plan:
+def plan(model: nn.Module, config: SparsityConfig, schedule: UpdateSchedule, given: LiveNetwork | None = None) -> Plan:
     """Check everything that can be wrong with a model and a configuration; nothing is changed.
 
     Args:
+        schedule: when there are updates.
         given: what is live already, in a compact model.
 
     Raises:
@@ -57,7 +62,13 @@ def plan(model: nn.Module, config: SparsityConfig, given: LiveNetwork | None = N
     notes = [left] if left is not None else []
     shapes = {name: tuple(place.parameter.shape) for name, place in places.items()}
     if given is not None:
-        return Plan(prunable + _dormant_weights(model, shapes, given), None, {}, {}, tuple(notes))
+        total = prunable + _dormant_weights(model, shapes, given)
+        here = sum(map(count_live, given.masks.values())) if given.masks else None
+        fall = None
+        if here is not None and config.falls:  # from what there is
+            last = _live_target(config, prunable, total, len(shapes))
+            fall = _fall(here, last, config, schedule, shapes) if last < here else None
+        return Plan(total, here, fall, {}, {}, tuple(notes))
     heads, neurons = dict[str, int](), dict[str, int]()
     if config.structured:
         blocks = find_blocks(model)
@@ -65,19 +76,43 @@ def plan(model: nn.Module, config: SparsityConfig, given: LiveNetwork | None = N
         neurons = {n: _neurons_of(config, b.neurons.count()) for n, b in blocks.items()}
         notes += _roundings(config, blocks, heads, neurons)
         shapes = compact_shapes(shapes, blocks, heads, neurons)
-    live = None
+    live, fall = None, None
     if config.masks_weights:
-        live = _live_target(config, sum(map(_numel, shapes.values())), prunable, len(shapes))
+        available = sum(map(_numel, shapes.values()))
+        live = _live_target(config, available, prunable, len(shapes))
+        if config.initial_density is not None:
+            last, live = live, min(available, round(config.initial_density * prunable))
+            if live < last:
+                raise ValueError(
+                    f"initial_density: {config.initial_density} of {prunable:,} prunable weights is {live:,}, below "
+                    f"the budget that it falls to, {last:,}"
+                )
+            fall = _fall(live, last, config, schedule, shapes)
         counts = allocation_of(shapes, live, config.distribution)  # raises where a layer would be left without a weight
         pattern = read_pattern(config.pattern)
-        patterns = patterns_of(shapes, pattern)
+        patterns = fitting_patterns(shapes, config)
         odd = [name for name, own in patterns.items() if own != pattern]
         if len(odd) == len(patterns):
             raise ValueError(f"pattern: {config.pattern} divides no layer of this model")
         if odd:
             notes.append(f"pattern: {config.pattern} does not divide {', '.join(odd[:3])}; single weights there")
         notes += whole_blocks(counts, {name: _numel(shape) for name, shape in shapes.items()}, patterns)[1]
-    return Plan(prunable, live, heads, neurons, tuple(notes))
+    return Plan(prunable, live, fall, heads, neurons, tuple(notes))
+
+
+def _fall(
+    first: int, last: int, config: SparsityConfig, schedule: UpdateSchedule, shapes: Mapping[str, tuple[int, ...]]
+) -> FallingBudget:
+    """The budgets of a run, each of which can be met.
+
+    Raises:
+        ValueError: one of them cannot, or there is no update at which it could fall.
+    """
+    fall = FallingBudget(first, last, steps_of_fall(schedule.update_steps, schedule.total_steps, config.reach_at))
+    patterns = fitting_patterns(shapes, config)
+    for live in sorted(set(fall.values)):
+        allocate_blocks(shapes, live, config, patterns)
+    return fall
 
 
 def _neurons_of(config: SparsityConfig, dense: int) -> int:

@@ -228,6 +228,8 @@ def update_record(update: MaskUpdate, history: MaskHistory | None = None) -> dic
         record["sparsity/exploration"] = update.exploration_rate
         if history is not None:
             record["sparsity/survival"] = history.survival()
+            if history.density_varies:
+                record["sparsity/density"] = update.budget.density
     for name, layer in update.layers.items():
         if history is not None and history.density_varies:
             record[f"weights_by_layer/density/{name}"] = layer.density

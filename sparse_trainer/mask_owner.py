@@ -143,12 +143,15 @@ class MaskOwner:
             if name in self.masks:
                 zero_dead(tensor, self.masks[name].to(tensor.device))
 
-    def _update(self, closure: LossClosure | None, *, step: int, drop_fraction: float) -> MaskUpdate:
+    def _update(
+        self, closure: LossClosure | None, *, step: int, drop_fraction: float, live: int | None = None
+    ) -> MaskUpdate:
         """One update of units, then of weights, with all that hangs on them.
 
         Args:
             step: optimizer steps done.
             drop_fraction: share of the live units and weights to replace.
+            live: the budget of weights from now on, where it falls.
 
         Raises:
             ValueError: units may move, and there is no closure.
@@ -177,7 +180,7 @@ class MaskOwner:
             )
             fresh = self._units.fresh(swaps, self.masks)
         ranked = self._weights is None or self.config.grow == "random" or self._weights.growth.holds_gradient
-        layers = self._weights.update(drop_fraction, optimizers, averages, fresh) if self._weights else {}
+        layers = self._weights.update(drop_fraction, optimizers, averages, fresh, live) if self._weights else {}
         if not ranked:
             notes.append("no finite growth gradient was collected: the weight masks did not change")
         revived = self._enforcement.note()
@@ -226,8 +229,11 @@ class MaskOwner:
             "units": self._units.state_dict() if self._units else None,
         }
 
-    def _load_live_state(self, state: Mapping[str, Any]) -> None:
+    def _load_live_state(self, state: Mapping[str, Any], live: int | None) -> None:
         """Restore units and masks.
+
+        Args:
+            live: the budget of weights at the time of the state, where it falls.
 
         Raises:
             ValueError: if the state belongs to another configuration.
@@ -236,11 +242,11 @@ class MaskOwner:
             if (state[what] is None) != (own is None):
                 raise ValueError(f"the saved state {'has no' if state[what] is None else 'has'} {what} masks")
         if self._weights:
-            self._weights.check_state(state["weights"])  # before anything changes
+            self._weights.check_state(state["weights"], live)  # before anything changes
         if self._units:
             self._units.load_state_dict(state["units"])
         if self._weights:
-            self._weights.load_state_dict(state["weights"])
+            self._weights.load_state_dict(state["weights"], live)
         self._enforcement.remember()
 
     def _take_unit_shapes(self, units: Mapping[str, Any]) -> list[str]:

@@ -19,6 +19,7 @@ A worked example, one layer of six weights, three live, one third of them to be 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ from torch import Tensor
 class MaskChange:
     """The outcome of one prune-and-grow of one mask."""
 
-    live: Tensor  #: bool, the mask after the update; as many True as before
+    live: Tensor  #: bool, the mask after the update; as many True as before, unless the budget falls
     removed: Tensor  #: bool, live before and dead now
     added: Tensor  #: bool, dead before and live now
     threshold: float  #: greatest magnitude among the pruned (also of one that grew back); 0 if none was
@@ -60,6 +61,7 @@ def prune_and_grow(
     growth_score: Tensor,
     count: int,
     *,
+    fewer: int = 0,
     regrow: bool = True,
     eligible: Tensor | None = None,
 ) -> MaskChange:
@@ -70,25 +72,31 @@ def prune_and_grow(
         live: bool, same shape: the mask before the update.
         growth_score: same shape, finite; magnitude of the mean gradient (RigL) or a random draw (SET).
         count: how many to replace; at most :func:`replaceable`.
+        fewer: how many elements fewer are live afterwards, where the budget falls: so many more are pruned. If it is
+            negative so many more grow.
         regrow: whether an element that this update prunes may grow again in it. It then keeps its value and
             has not changed sides, so it appears neither in ``removed`` nor in ``added``.
         eligible: bool, same shape: only these elements may be pruned or grown. All, if None.
     """
     prunable = live if eligible is None else live & eligible
     magnitude = weight.detach().abs().float()
-    pruned, threshold = select_smallest(magnitude, prunable, count)
+    pruned, threshold = select_smallest(magnitude, prunable, count + max(fewer, 0))
     candidates = ~live if eligible is None else eligible & ~live
     if regrow:
         candidates = candidates | pruned
-    grown, _ = select_largest(growth_score, candidates, count)
+    grown, _ = select_largest(growth_score, candidates, count + max(-fewer, 0))
     after = (live & ~pruned) | grown
-    return MaskChange(live=after, removed=live & ~after, added=after & ~live, threshold=threshold if count else 0.0)
+    threshold = threshold if math.isfinite(threshold) else 0.0
+    return MaskChange(live=after, removed=live & ~after, added=after & ~live, threshold=threshold)
 
 
-def replaceable(live: Tensor, drop_fraction: float, eligible: Tensor | None = None) -> int:
+def replaceable(live: Tensor, drop_fraction: float, eligible: Tensor | None = None, fewer: int = 0) -> int:
     """How many elements one update replaces: ``round(drop_fraction * live)``, bounded by the dead ones.
 
     The bound keeps the count exact where there are fewer dead elements than the drop fraction asks for.
+
+    Args:
+        fewer: how many elements fewer are live afterwards; negative for more. The share is of what then is live.
     """
     if eligible is None:
         alive = count_live(live)
@@ -96,7 +104,7 @@ def replaceable(live: Tensor, drop_fraction: float, eligible: Tensor | None = No
     else:
         alive = count_live(live & eligible)
         dead = count_live(eligible) - alive
-    return min(round(drop_fraction * alive), dead)
+    return max(0, min(round(drop_fraction * (alive - max(fewer, 0))), dead + min(fewer, 0)))
 
 
 def select_smallest(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, float]:

@@ -119,22 +119,33 @@ class Pattern:
         growth_score: Tensor,
         drop_fraction: float,
         *,
+        fewer: int = 0,
         regrow: bool,
         eligible: Tensor | None,
     ) -> MaskChange:
-        """One prune-and-grow of one layer: as :func:`~sparse_trainer.masks.prune_and_grow`, block by block."""
+        """One prune-and-grow of one layer: as :func:`~sparse_trainer.masks.prune_and_grow`, block by block.
+
+        Args:
+            fewer: weights that are live no more afterwards, whole blocks of them; 0 for ``n:m``.
+        """
         if self.live is not None:
             return self._within_groups(weight, live, growth_score, drop_fraction, eligible)
         if self.size == 1:
-            count = replaceable(live, drop_fraction, eligible)
-            return prune_and_grow(weight, live, growth_score, count, regrow=regrow, eligible=eligible)
+            if eligible is not None and fewer > count_live(live & eligible):
+                eligible = None  # the budget comes first
+            count = replaceable(live, drop_fraction, eligible, fewer)
+            return prune_and_grow(weight, live, growth_score, count, fewer=fewer, regrow=regrow, eligible=eligible)
         alive = self.whole(live)
         free = self.whole(eligible) if eligible is not None else None
+        fewer //= self.size
+        if free is not None and fewer > count_live(alive & free):
+            free = None
         change = prune_and_grow(
             self.sums(weight.detach().abs()),
             alive,
             self.sums(growth_score),
-            replaceable(alive, drop_fraction, free),
+            replaceable(alive, drop_fraction, free, fewer),
+            fewer=fewer,
             regrow=regrow,
             eligible=free,
         )

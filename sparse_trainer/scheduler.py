@@ -9,6 +9,7 @@ weights at 0. This file calls them in the right order.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -78,7 +79,7 @@ class SparsityScheduler(MaskOwner):
         check_free(model, successor_of=former)
         given = resume_from.live_network if isinstance(resume_from, SparsityScheduler) else resume_from
         self.schedule = config.schedule(total_steps)
-        planned = plan(model, config, given)
+        planned = plan(model, config, self.schedule, given)
         notes = list(planned.notes)
         if not self.schedule.update_steps and config.updates != 0:
             notes.append(
@@ -102,6 +103,7 @@ class SparsityScheduler(MaskOwner):
         for note in notes:
             warnings.warn(note, stacklevel=2)
         super().__init__(model, config, units, weights, planned.total)
+        self._fall = planned.fall
         self._loaded = False  # whether loaded states may have brought dead weights back
         self._step = 0
         self._passes_per_step = 1
@@ -248,7 +250,8 @@ class SparsityScheduler(MaskOwner):
             # An update may undo what had gone apart in the masks, but not in the weights under them.
             former = {f"former {what}": value for what, value in self._facts(self._step).items()}
             fraction = self.schedule.fraction(self._step)
-            update = self._update(closure, step=self._step, drop_fraction=fraction)
+            live = self._fall.at(self._step) if self._fall is not None else None
+            update = self._update(closure, step=self._step, drop_fraction=fraction, live=live)
             self._last_update = self._step
             self._updates += 1
             facts = {**former, **self._facts(self._step)}
@@ -312,6 +315,7 @@ class SparsityScheduler(MaskOwner):
             "last_update": self._last_update,
             "passes_per_step": self._passes(),
             "total_steps": self.schedule.total_steps,
+            "first_live": self._fall.first if self._fall is not None else None,
             **live,
         }
 
@@ -351,7 +355,16 @@ class SparsityScheduler(MaskOwner):
                 f"the saved schedule is over {state['total_steps']:,} steps, this one over "
                 f"{self.schedule.total_steps:,}"
             )
-        self._load_live_state(state)
+        fall, first = self._fall, state.get("first_live")  # older states do not say
+        if (fall is None) != (first is None):
+            raise ValueError(
+                f"the saved budget {'falls' if fall is None else 'does not fall'}, and the configuration's "
+                f"{'does not' if fall is None else 'does'}; set initial_density as it was"
+            )
+        if fall is not None and first is not None:
+            fall = dataclasses.replace(fall, first=int(first))
+        self._load_live_state(state, fall.at(int(state["last_update"])) if fall is not None else None)
+        self._fall = fall
         self._step, self._last_update = int(state["step"]), int(state["last_update"])
         self._passes_per_step = int(state["passes_per_step"])
         self._updates = sum(step <= self._last_update for step in self.schedule.update_steps)

@@ -33,6 +33,11 @@ class SparsityConfig:
     """Live over all prunable weights of the dense network; null for no weight masks."""
     live_parameters: int | None = None
     """The budget as a whole number of live prunable weights, in place of density."""
+    initial_density: float | None = None
+    """Live at the start, in place of density, which the budget then falls to; 1.0 starts dense. Pruned by magnitude
+    along a cubic, with growth at every update (GraNet)."""
+    reach_at: float = 0.5
+    """Share of the run after which a budget that falls has reached its last value."""
     pattern: str = "1x1"
     """Which weights live and die together: 1x1 for each by itself; RxC, such as 16x1, for R neighbouring outputs by C
     neighbouring inputs, which kernels compute fast; n:m, such as 2:4, for n of every m neighbouring inputs. Layers that
@@ -114,6 +119,11 @@ class SparsityConfig:
         """Whether single weights are masked."""
         return self.density is not None or self.live_parameters is not None
 
+    @property
+    def falls(self) -> bool:
+        """Whether the budget of weights falls."""
+        return self.initial_density is not None
+
     def schedule(self, total_steps: int) -> UpdateSchedule:
         """When masks change in a run of so many optimizer steps.
 
@@ -151,6 +161,17 @@ class SparsityConfig:
             "a positive whole number or null",
             self.live_parameters is None or whole(self.live_parameters, 1),
         )
+        check(
+            "initial_density", "a share in (0, 1] or null", self.initial_density is None or share(self.initial_density)
+        )
+        if self.initial_density is not None and share(self.initial_density):
+            if not self.masks_weights:
+                problems.append("initial_density: needs density, which it falls to")
+            elif self.live_parameters is None and share(self.density) and self.initial_density < (self.density or 0):
+                problems.append(f"initial_density: {self.initial_density} is below density ({self.density})")
+            if ":" in str(self.pattern):
+                problems.append(f"initial_density: pattern {self.pattern} has one density; give 1x1 or RxC, or null")
+        check("reach_at", "a share in (0, 1]", share(self.reach_at))
         check("head_density", "a share in (0, 1]", share(self.head_density))
         check("neuron_density", "a share in (0, 1]", share(self.neuron_density))
         check("distribution", f"one of {', '.join(DISTRIBUTIONS)}", self.distribution in DISTRIBUTIONS)

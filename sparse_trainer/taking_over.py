@@ -39,7 +39,7 @@ def take_over(
         live = weights.live_count()
         wanted = config.live_parameters or round((config.density or 0) * total)
         same = all(prunable[name].shape == mask.shape for name, mask in given.masks.items())
-        if same and abs(wanted - live) > 0.005 * total:
+        if same and not config.falls and abs(wanted - live) > 0.005 * total:
             raise ValueError(
                 f"resume_from: {live:,} of {total:,} weights are live ({live / total:.4f}), and the configuration "
                 f"asks for {wanted:,}; give density={live / total:.4f}: the budget stays as it is"

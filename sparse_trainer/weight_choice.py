@@ -18,18 +18,22 @@ def choose(
     score: Tensor | None,
     drop_fraction: float,
     *,
+    fewer: int = 0,
     regrow: bool,
     eligible: Tensor | None = None,
 ) -> MaskChange:
-    """What changes in one layer; nothing where there is no score.
+    """What changes in one layer; nothing is replaced where there is no score.
 
     Args:
         score: what ranks the dead elements.
+        fewer: weights that are live no more afterwards; negative for more of them.
         eligible: bool mask of the elements that may change; None for all.
     """
-    if score is None:
+    if score is None and not fewer:
         return MaskChange(mask.clone(), torch.zeros_like(mask), torch.zeros_like(mask), 0.0)
-    return pattern.update(weight, mask, score, drop_fraction, regrow=regrow, eligible=eligible)
+    if score is None:  # the budget falls all the same
+        score, drop_fraction = torch.zeros_like(weight, dtype=torch.float32), 0.0
+    return pattern.update(weight, mask, score, drop_fraction, fewer=fewer, regrow=regrow, eligible=eligible)
 
 
 def choose_globally(
@@ -40,6 +44,7 @@ def choose_globally(
     floors: Mapping[str, float],
     drop_fraction: float,
     *,
+    fewer: int = 0,
     regrow: bool,
     eligible: Mapping[str, Tensor],
 ) -> dict[str, MaskChange]:
@@ -49,6 +54,7 @@ def choose_globally(
         weights: of the layers that have the pattern; everything else by the same names.
         scores: as for :func:`choose`.
         floors: live elements below which no layer falls.
+        fewer: weights that are live no more afterwards, over all these layers.
         eligible: bool masks of the elements that may change; all of a layer that is not named.
     """
     if pattern.live is not None:  # their budget is fixed group by group
@@ -65,13 +71,20 @@ def choose_globally(
     sizes = [mask.numel() for mask in alive.values()]
     # The strongest weights of each layer, up to its floor, are not up for pruning.
     safe = [min(max(1, int(floors[name] / pattern.size)), count_live(mask)) for name, mask in alive.items()]
-    inside = inside & ~(largest_per_segment(magnitude, live, sizes, safe) & live)
-    count = min(
-        round(drop_fraction * count_live(live)),
-        count_live(live & inside),
-        count_live(inside & ~live),
+    kept = largest_per_segment(magnitude, live, sizes, safe) & live
+    fewer //= pattern.size
+    if fewer > count_live(live & inside & ~kept):
+        inside = torch.ones_like(inside)  # the budget comes first
+    inside = inside & ~kept
+    count = max(
+        0,
+        min(
+            round(drop_fraction * (count_live(live) - max(fewer, 0))),
+            count_live(live & inside) - max(fewer, 0),
+            count_live(inside & ~live) + min(fewer, 0),
+        ),
     )
-    change = prune_and_grow(magnitude, live, score, count, regrow=regrow, eligible=inside)
+    change = prune_and_grow(magnitude, live, score, count, fewer=fewer, regrow=regrow, eligible=inside)
     parts = zip(
         alive,
         change.live.split(sizes),

@@ -6,6 +6,7 @@ exploration rate). The dense growth gradient exists only on the steps that colle
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from sparse_trainer.generators import restore_generator
 from sparse_trainer.growth_gradient import GrowthGradient
 from sparse_trainer.masks import MaskChange, count_bits, count_live, kill_dead, pack_bits, unpack_bits, zero_dead
 from sparse_trainer.optimizer_state import Optimizers, carry_over
-from sparse_trainer.patterns import patterns_of, read_pattern, whole_blocks
+from sparse_trainer.patterns import SINGLE, Pattern, patterns_of, read_pattern, whole_blocks
 from sparse_trainer.prunable import matrices
 from sparse_trainer.report import LayerUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
@@ -42,6 +43,26 @@ def allocation_of(shapes: Mapping[str, Sequence[int]], live: int, distribution: 
     for label, (name, _) in names.items():
         result[name] += counts[label]
     return result
+
+
+def fitting_patterns(shapes: Mapping[str, Sequence[int]], config: SparsityConfig) -> dict[str, Pattern]:
+    """The pattern of each layer. A budget that falls needs one of single weights, to be met exactly at every step."""
+    patterns = patterns_of(shapes, read_pattern(config.pattern))
+    if config.falls and not any(pattern.single for pattern in patterns.values()):
+        patterns[min(shapes, key=lambda name: math.prod(shapes[name]))] = SINGLE
+    return patterns
+
+
+def allocate_blocks(
+    shapes: Mapping[str, Sequence[int]], live: int, config: SparsityConfig, patterns: dict[str, Pattern]
+) -> dict[str, int]:
+    """:func:`allocation_of` in whole blocks of the layers' patterns.
+
+    Raises:
+        ValueError: if the budget cannot be met.
+    """
+    counts = allocation_of(shapes, live, config.distribution)
+    return whole_blocks(counts, {name: math.prod(shape) for name, shape in shapes.items()}, patterns)[0]
 
 
 def _masker(name: str, arrived: Callable[[str, Tensor], None]) -> Callable[[Tensor], None]:
@@ -82,10 +103,8 @@ class WeightMasks:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.growth = GrowthGradient()
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        self.patterns = patterns_of(shapes, read_pattern(config.pattern))
-        counts = allocation_of(shapes, live, config.distribution)
-        sizes = {name: parameter.numel() for name, parameter in self.parameters.items()}
-        self.allocation, _ = whole_blocks(counts, sizes, self.patterns)
+        self.patterns = fitting_patterns(shapes, config)
+        self.allocation = self.allocate(live)
         self.masks = {name: self._first_mask(name) for name in shapes} if masks is None else dict(masks)
         self._ever_live = {name: pack_bits(mask) for name, mask in self.masks.items()}
         self._handles: list[RemovableHandle] = []
@@ -123,6 +142,10 @@ class WeightMasks:
             )
         made.allocation = {name: count_live(mask) for name, mask in first.items()}
         return made
+
+    def allocate(self, live: int) -> dict[str, int]:
+        """How many weights of each layer live under a budget, in whole blocks of their patterns."""
+        return allocate_blocks({name: p.shape for name, p in self.parameters.items()}, live, self.config, self.patterns)
 
     def _first_mask(self, name: str) -> Tensor:
         """As many live elements as were allocated: of greatest magnitude where the weights are trained, else random."""
@@ -208,6 +231,7 @@ class WeightMasks:
         optimizer: Optimizers,
         ema: Mapping[str, Tensor],
         frozen: Mapping[str, Tensor],
+        live: int | None = None,
     ) -> dict[str, LayerUpdate]:
         """One prune-and-grow over all layers. Weights, gradients, moments and the EMA change together.
 
@@ -215,7 +239,12 @@ class WeightMasks:
             drop_fraction: share of the live elements to replace.
             ema: EMA copies of the weights by name; may be empty.
             frozen: bool masks by name of elements that this update must leave alone (units that just came).
+            live: the budget from now on, where it falls.
         """
+        if live is not None and live != sum(self.allocation.values()):
+            self.allocation = self.allocate(live)
+        # With a global distribution the share of each layer is what it has come to.
+        fewer = {name: count_live(self.masks[name]) - count for name, count in self.allocation.items()}
         gradients = self.growth.take() if self.config.grow == "gradient" else {}
         eligible = {name: ~mask for name, mask in frozen.items()}
         changes: dict[str, MaskChange] = {}
@@ -230,6 +259,7 @@ class WeightMasks:
                     {name: self._growth_score(name, gradients) for name in names},
                     floors,
                     drop_fraction,
+                    fewer=sum(fewer[name] for name in names),
                     regrow=self.config.regrow,
                     eligible=eligible,
                 )
@@ -242,6 +272,7 @@ class WeightMasks:
                     self.masks[name],
                     self._growth_score(name, gradients),
                     drop_fraction,
+                    fewer=fewer[name],
                     regrow=self.config.regrow,
                     eligible=eligible.get(name),
                 )
@@ -314,8 +345,11 @@ class WeightMasks:
             "growth": self.growth.state_dict(),
         }
 
-    def check_state(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    def check_state(self, state: Mapping[str, Any], expected_live: int | None = None) -> dict[str, Tensor]:
         """The masks of a saved state, if it may take the place of these; changes nothing.
+
+        Args:
+            expected_live: the budget at the time of the state, where it falls.
 
         Raises:
             ValueError: if the state is of other layers, of another pattern or of another budget.
@@ -338,19 +372,24 @@ class WeightMasks:
         if odd:
             raise ValueError(f"the saved mask of {odd[0]} is not of pattern {self.patterns[odd[0]]}")
         live = sum(count_live(mask) for mask in masks.values())
-        if live != sum(self.allocation.values()):
-            raise ValueError(
-                f"the saved masks have {live:,} live elements, the budget is {sum(self.allocation.values()):,}"
-            )
+        budget = sum(self.allocation.values()) if expected_live is None else expected_live
+        if live != budget:
+            raise ValueError(f"the saved masks have {live:,} live elements, the budget is {budget:,}")
         return masks
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], live: int | None = None) -> None:
         """Restore masks, exploration, generator and the growth gradient.
+
+        Args:
+            live: as for :meth:`check_state`.
 
         Raises:
             ValueError: as :meth:`check_state`.
         """
-        for name, mask in self.check_state(state).items():
+        masks = self.check_state(state, live)
+        if live is not None and live != sum(self.allocation.values()):
+            self.allocation = self.allocate(live)
+        for name, mask in masks.items():
             self.masks[name].copy_(mask)
             self._ever_live[name] = state["ever_live"][name].clone()
         restore_generator(self.generator, state["generator"])

@@ -52,6 +52,10 @@ VARIANTS: dict[str, Changes] = {
         },
         "optimizer": {"name": "lion", "lr": 1e-3},
     },
+    "a budget that falls": {
+        "sparsity": {**SHORT["sparsity"], "density": 0.2, "initial_density": 0.9, "pattern": "4x1"},
+        "training": {**SHORT["training"], "ema_decay": 0.9},
+    },
     "blocks of different sizes": {
         "sparsity": {
             **SHORT["sparsity"], "density": 0.35, "head_density": 0.67, "neuron_density": 0.5, "start": "score",

@@ -28,6 +28,7 @@ FLOORS = {
         "masks": 0,
         "budget": 0,
         "update_schedule": 0,
+        "falling": 0,
         "units": 0,
         "generators": 0,
         "agreement": 1,

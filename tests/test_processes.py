@@ -67,6 +67,7 @@ THRESHOLD: Change = {
 }
 KINDS: dict[str, Change] = {
     "weights": {},
+    "falling": {"sparsity": {"density": 0.2, "initial_density": 0.9}},
     "structured": {"sparsity": {**UNITS, "density": None, "start": "score"}},
     "top_k": {"selector": {"keep_ratio": 0.5}, "data": {"mixup": 0.8, "batch_size": 12}},
     "threshold": THRESHOLD,

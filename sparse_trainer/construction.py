@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparse_trainer.budget import count_units
 from sparse_trainer.falling import FallingBudget, steps_of_fall
 from sparse_trainer.masks import count_live
-from sparse_trainer.patterns import read_pattern, whole_blocks
+from sparse_trainer.patterns import Pattern, read_pattern, whole_blocks
 from sparse_trainer.prunable import describe_left_dense, left_dense, prunable_places
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.units import BlockUnits, find_blocks
@@ -30,6 +30,10 @@ class LiveNetwork:
     dense_neurons: Mapping[str, int] = field(default_factory=dict)
 
 
+UnitFalls = dict[tuple[str, str], FallingBudget]
+"""By block and kind (head, neuron), how many of them there are."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What construction does."""
@@ -39,6 +43,8 @@ class Plan:
     fall: FallingBudget | None  #: how many are live later on; None where as many stay
     heads: Mapping[str, int]  #: live heads by block; empty if none is taken out
     neurons: Mapping[str, int]
+    unit_falls: UnitFalls  #: how they come to be so few; empty where they are from the start
+    patterns: Mapping[str, Pattern] | None  #: of layers that change their shape; None where none does
     notes: tuple[str, ...]  #: what was rounded, and what stays dense
 
 
@@ -62,66 +68,133 @@ def plan(model: nn.Module, config: SparsityConfig, schedule: UpdateSchedule, giv
     notes = [left] if left is not None else []
     shapes = {name: tuple(place.parameter.shape) for name, place in places.items()}
     if given is not None:
-        total = prunable + _dormant_weights(model, shapes, given)
-        here = sum(map(count_live, given.masks.values())) if given.masks else None
-        fall = None
-        if here is not None and config.falls:  # from what there is
-            last = _live_target(config, prunable, total, len(shapes))
-            fall = _fall(here, last, config, schedule, shapes) if last < here else None
-        return Plan(total, here, fall, {}, {}, tuple(notes))
-    heads, neurons = dict[str, int](), dict[str, int]()
+        return _plan_from(model, config, schedule, given, shapes, tuple(notes))
+    heads, neurons, blocks = dict[str, int](), dict[str, int](), dict[str, BlockUnits]()
+    falls: UnitFalls = {}
+    first_shapes = shapes
     if config.structured:
         blocks = find_blocks(model)
         heads = {n: count_units(config.head_density, b.heads.count(), "head") for n, b in blocks.items()}
         neurons = {n: _neurons_of(config, b.neurons.count()) for n, b in blocks.items()}
         notes += _roundings(config, blocks, heads, neurons)
+        falls = _unit_falls(blocks, heads, neurons, config, schedule)
         shapes = compact_shapes(shapes, blocks, heads, neurons)
-    live, fall = None, None
-    if config.masks_weights:
-        available = sum(map(_numel, shapes.values()))
-        live = _live_target(config, available, prunable, len(shapes))
-        if config.initial_density is not None:
-            last, live = live, min(available, round(config.initial_density * prunable))
-            if live < last:
-                raise ValueError(
-                    f"initial_density: {config.initial_density} of {prunable:,} prunable weights is {live:,}, below "
-                    f"the budget that it falls to, {last:,}"
-                )
-            fall = _fall(live, last, config, schedule, shapes)
-        counts = allocation_of(shapes, live, config.distribution)  # raises where a layer would be left without a weight
-        pattern = read_pattern(config.pattern)
-        patterns = fitting_patterns(shapes, config)
-        odd = [name for name, own in patterns.items() if own != pattern]
-        if len(odd) == len(patterns):
-            raise ValueError(f"pattern: {config.pattern} divides no layer of this model")
-        if odd:
-            notes.append(f"pattern: {config.pattern} does not divide {', '.join(odd[:3])}; single weights there")
-        notes += whole_blocks(counts, {name: _numel(shape) for name, shape in shapes.items()}, patterns)[1]
-    return Plan(prunable, live, fall, heads, neurons, tuple(notes))
+        if not falls:
+            first_shapes = shapes
+    if not config.masks_weights:
+        return Plan(prunable, None, None, heads, neurons, falls, None, tuple(notes))
+    live, fall = _live_target(config, sum(map(_numel, shapes.values())), prunable, len(shapes)), None
+    pattern = read_pattern(config.pattern)
+    patterns = fitting_patterns(shapes, config, _steps_of_shapes(shapes, blocks, config) if falls else None)
+    odd = [name for name, own in patterns.items() if own != pattern]
+    if len(odd) == len(patterns):
+        raise ValueError(f"pattern: {config.pattern} divides no layer of this model")
+    if odd:
+        notes.append(f"pattern: {config.pattern} does not divide {', '.join(odd[:3])}; single weights there")
+    # Raises where a layer would be left without a weight; patterns are then those that the first masks have.
+    counts = allocation_of(shapes, live, config.distribution)
+    notes += whole_blocks(counts, {name: _numel(shape) for name, shape in shapes.items()}, patterns)[1]
+    if config.initial_density is not None:
+        last, live = live, min(sum(map(_numel, first_shapes.values())), round(config.initial_density * prunable))
+        if live < last:
+            raise ValueError(
+                f"initial_density: {config.initial_density} of {prunable:,} prunable weights is {live:,}, below "
+                f"the budget that it falls to, {last:,}"
+            )
+        fall = _fall(live, last, config, schedule)
+    when = {step for f in (*falls.values(), *([fall] if fall is not None else [])) for step in f.steps}
+    for step in sorted({0, *when}):  # each of the budgets of the run can be met
+        there = first_shapes
+        if falls:
+            there = compact_shapes(
+                first_shapes,
+                blocks,
+                {**heads, **{n: f.at(step) for (n, kind), f in falls.items() if kind == "head"}},
+                {**neurons, **{n: f.at(step) for (n, kind), f in falls.items() if kind == "neuron"}},
+            )
+        budget = fall.at(step) if fall is not None else live
+        allocate_blocks(there, min(budget, sum(map(_numel, there.values()))), config, dict(patterns))
+    return Plan(prunable, live, fall, heads, neurons, falls, patterns if falls else None, tuple(notes))
 
 
-def _fall(
-    first: int, last: int, config: SparsityConfig, schedule: UpdateSchedule, shapes: Mapping[str, tuple[int, ...]]
-) -> FallingBudget:
-    """The budgets of a run, each of which can be met.
+def _plan_from(
+    model: nn.Module,
+    config: SparsityConfig,
+    schedule: UpdateSchedule,
+    given: LiveNetwork,
+    shapes: Mapping[str, tuple[int, ...]],
+    notes: tuple[str, ...],
+) -> Plan:
+    """What there is stays, and what falls goes on from there."""
+    total = sum(map(_numel, shapes.values())) + _dormant_weights(model, shapes, given)
+    live = sum(map(count_live, given.masks.values())) if given.masks else None
+    fall: FallingBudget | None = None
+    if live is not None and config.falls:
+        last = _live_target(config, total, total, len(shapes))
+        fall = _fall(live, last, config, schedule) if last < live else None
+    if not (config.unit_falls and (given.dense_heads or given.dense_neurons)):
+        return Plan(total, live, fall, {}, {}, {}, None, notes)
+    blocks = find_blocks(model)
+    heads = {name: count_units(config.head_density, dense, "head") for name, dense in given.dense_heads.items()}
+    neurons = {name: _neurons_of(config, dense) for name, dense in given.dense_neurons.items()}
+    falls = _unit_falls(blocks, heads, neurons, config, schedule)
+    patterns = fitting_patterns(shapes, config, _steps_of_shapes(shapes, blocks, config))
+    return Plan(total, live, fall, {}, {}, falls, patterns, notes)
+
+
+def _fall(first: int, last: int, config: SparsityConfig, schedule: UpdateSchedule) -> FallingBudget:
+    """How the budget of weights falls.
 
     Raises:
-        ValueError: one of them cannot, or there is no update at which it could fall.
+        ValueError: there is no update at which it could.
     """
-    fall = FallingBudget(first, last, steps_of_fall(schedule.update_steps, schedule.total_steps, config.reach_at))
-    patterns = fitting_patterns(shapes, config)
-    for live in sorted(set(fall.values)):
-        allocate_blocks(shapes, live, config, patterns)
-    return fall
+    return FallingBudget(first, last, steps_of_fall(schedule.update_steps, schedule.total_steps, config.reach_at))
+
+
+def _unit_falls(
+    blocks: Mapping[str, BlockUnits],
+    heads: Mapping[str, int],
+    neurons: Mapping[str, int],
+    config: SparsityConfig,
+    schedule: UpdateSchedule,
+) -> UnitFalls:
+    """How heads and neurons leave during training: from what the blocks hold to the given numbers."""
+    if not config.unit_falls:
+        return {}
+    steps = steps_of_fall(schedule.update_steps, schedule.total_steps, config.reach_at, config.unit_falls)
+    return {
+        (name, group.kind): FallingBudget(group.count(), last, steps, _whole(config) if group.kind == "neuron" else 1)
+        for name, block in blocks.items()
+        for group, last in ((block.heads, heads[name]), (block.neurons, neurons[name]))
+        if last < group.count()
+    }
+
+
+def _steps_of_shapes(
+    shapes: Mapping[str, tuple[int, ...]], blocks: Mapping[str, BlockUnits], config: SparsityConfig
+) -> dict[str, tuple[int, ...]]:
+    """What shapes change by when heads and neurons leave: a pattern that divides this divides them all."""
+    whole = 1 if config.unit_distribution == "by_score" else _whole(config)
+    return compact_shapes(
+        shapes,
+        blocks,
+        dict.fromkeys(blocks, 1),
+        {name: whole if block.neurons.count() % whole == 0 else 1 for name, block in blocks.items()},
+    )
+
+
+def _whole(config: SparsityConfig) -> int:
+    """Neurons that come and go together, so that a pattern goes on dividing what they are rows and columns of."""
+    if not config.masks_weights:
+        return 1
+    pattern = read_pattern(config.pattern)
+    return math.lcm(pattern.rows, pattern.columns)
 
 
 def _neurons_of(config: SparsityConfig, dense: int) -> int:
     """Live neurons of a block: in whole blocks of the pattern, where that divides the dense layers."""
     count = count_units(config.neuron_density, dense, "neuron")
-    if not config.masks_weights:
-        return count
-    pattern = read_pattern(config.pattern)
-    whole = math.lcm(pattern.rows, pattern.columns)
+    whole = _whole(config)
     return count if dense % whole else min(max(1, round(count / whole)) * whole, dense)
 
 

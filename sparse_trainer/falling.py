@@ -25,6 +25,7 @@ class FallingBudget:
     first: int
     last: int
     steps: tuple[int, ...]
+    multiple: int = 1  #: what comes off is whole multiples of it
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -36,7 +37,7 @@ class FallingBudget:
         if not done:
             return self.first
         left = 1 - self.steps[done - 1] / self.steps[-1]
-        return self.last + round((self.first - self.last) * left**3)
+        return self.last + round((self.first - self.last) * left**3 / self.multiple) * self.multiple
 
     @property
     def values(self) -> tuple[int, ...]:
@@ -56,7 +57,7 @@ def steps_of_fall(
         ValueError: there is no update.
     """
     if not update_steps:
-        raise ValueError("initial_density: a budget falls at updates, and this run has none; set updates")
+        raise ValueError("initial_density or unit_falls: a budget falls at updates, and this run has none; set updates")
     due = [step for step in update_steps if step <= reach_at * total_steps] or [update_steps[0]]
     if most is not None and most < len(due):
         due = [due[math.ceil((number + 1) * len(due) / most) - 1] for number in range(most)]

@@ -6,7 +6,7 @@ The dense gradient exists only on the steps that collect it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -109,6 +109,12 @@ class GrowthGradient:
         for gradient in mean.values():
             gradient.div_(steps)
         return mean
+
+    def reshape(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """The parameter of a name has another shape: change what was collected of it."""
+        for collected in (self._step, self._mean):
+            if name in collected:
+                collected[name] = change(collected[name])
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": {name: value.clone() for name, value in self._mean.items()}, "steps": self._steps}

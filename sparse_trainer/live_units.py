@@ -125,6 +125,16 @@ class LiveUnits:
         self.tried.update(swap.added)
         self.last = swap
 
+    def removed(self, slots: Sequence[int]) -> tuple[int, ...]:
+        """Note that units left and their slots with them; they are the last of the candidates now."""
+        units = tuple(self.live[slot] for slot in slots)
+        self.live = [unit for slot, unit in enumerate(self.live) if slot not in set(slots)]
+        self.dormant += units
+        for unit in units:
+            self.came.pop(unit, None)
+            self.left[unit] = self.updates
+        return units
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "live": list(self.live),

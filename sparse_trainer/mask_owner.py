@@ -29,6 +29,10 @@ from sparse_trainer.weight_masks import WeightMasks
 LossClosure = Callable[[], Tensor]
 
 
+def _nothing_else(name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Nothing else is kept in the shape of a parameter."""
+
+
 class MaskOwner:
     """Owns the masks and units of a model, and changes them when it is told to.
 
@@ -111,7 +115,7 @@ class MaskOwner:
                 self._enforcement.look(everywhere=True)  # after which no dead weight is other than 0
                 return Budget(self._weights.live_count(), self._total)
             return Budget(self._weights.live_count() + self._enforcement.count_revived(), self._total)
-        return Budget(sum(parameter.numel() for parameter in self._prunable.values()), self._total)
+        return Budget(self._available, self._total)
 
     def _check_places(self) -> None:
         """Raises RuntimeError where a layer was replaced by another: its weights would be in no budget."""
@@ -167,20 +171,30 @@ class MaskOwner:
         started = time.perf_counter()
         self._enforcement.look(everywhere=True)
         swaps: dict[int, Swap] = {}
+        left: dict[int, Swap] = {}
         notes: list[str] = []
         fresh: dict[str, Tensor] = {}
         averages = self._averages()
         if self._units and closure is not None:
-            swaps, notes = self._units.update(
-                closure,
-                drop_fraction,
-                optimizer=optimizers,
-                ema=averages,
-                masks=self.masks,
-            )
-            fresh = self._units.fresh(swaps, self.masks)
+            reshape = self._weights.reshape if self._weights else _nothing_else
+            left = self._units.fall(step, closure, optimizer=optimizers, ema=self._ema, others=reshape)
+            if left:
+                averages = self._averages()
+            else:
+                swaps, notes = self._units.update(
+                    closure,
+                    drop_fraction,
+                    optimizer=optimizers,
+                    ema=averages,
+                    masks=self.masks,
+                )
+                fresh = self._units.fresh(swaps, self.masks)
         ranked = self._weights is None or self.config.grow == "random" or self._weights.growth.holds_gradient
-        layers = self._weights.update(drop_fraction, optimizers, averages, fresh, live) if self._weights else {}
+        layers = (
+            self._weights.update(drop_fraction, optimizers, averages, fresh, self._at_most_all(live))
+            if self._weights
+            else {}
+        )
         if not ranked:
             notes.append("no finite growth gradient was collected: the weight masks did not change")
         revived = self._enforcement.note()
@@ -196,9 +210,19 @@ class MaskOwner:
             budget=self.budget,
             seconds=time.perf_counter() - started,
             layers=layers,
-            blocks=self._units.report(swaps) if self._units is not None else {},
+            blocks=self._units.report(swaps | left) if self._units is not None else {},
             warnings=tuple(notes),
+            reshaped=bool(left),
         )
+
+    def _at_most_all(self, live: int | None) -> int | None:
+        """A budget, or all weights that there are, where heads and neurons have not left so many."""
+        return min(live, self._available) if live is not None else None
+
+    @property
+    def _available(self) -> int:
+        """Prunable weights of the network as it is, live and dead."""
+        return sum(parameter.numel() for parameter in self._prunable.values())
 
     def _facts(self, step: int) -> dict[str, int]:
         """What all processes must hold alike, as numbers and digests by name; nothing for one process."""
@@ -256,13 +280,14 @@ class MaskOwner:
             names of the parameters whose shapes changed.
         """
         assert self._units is not None
-        average = dict(self._ema.named_parameters(remove_duplicate=False)) if self._ema is not None else {}
-        changed = self._units.take_shapes(units, average)
+        changed = self._units.take_shapes(units, self._ema)
         if changed:
             if self._weights is not None:
-                live = self._weights.live_count()
+                live = self._at_most_all(self._weights.live_count())
+                assert live is not None
                 self._weights.remove()
                 prunable = prunable_weights(self.model, self.config.include, self.config.exclude)
-                self._weights = WeightMasks(prunable, live, self.config)
+                patterns = self._weights.patterns if self.config.unit_falls else None
+                self._weights = WeightMasks(prunable, live, self.config, patterns=patterns)
             self._enforcement = self._enforce_masks()
         return changed

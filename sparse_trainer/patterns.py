@@ -78,6 +78,10 @@ class Pattern:
             return flat
         return flat.unflatten(1, (-1, self.columns)).unflatten(0, (-1, self.rows)).all(dim=3).all(dim=1)
 
+    def touched(self, mask: Tensor) -> Tensor:
+        """Which blocks are True in any of their weights: bool, ``[out / R, rest / C]``."""
+        return ~self.whole(~mask)
+
     def expand(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:
         """A mask over blocks as one over the weights of ``shape``."""
         if self.size > 1:

@@ -38,8 +38,8 @@ class LayerUpdate:
 class BlockUpdate:
     """One transformer block before and after an update: which units left, which came.
 
-    ``heads_removed[i]`` was replaced by ``heads_added[i]``; likewise for neurons. Numbers are the unit's
-    index in the dense block.
+    ``heads_removed[i]`` was replaced by ``heads_added[i]``; likewise for neurons. Where their number falls
+    (``unit_falls``) units are removed and none are added. Numbers are the unit's index in the dense block.
     """
 
     heads_removed: tuple[int, ...] = ()
@@ -65,6 +65,7 @@ class MaskUpdate:
     layers: Mapping[str, LayerUpdate] = field(default_factory=dict)  #: by parameter name
     blocks: Mapping[str, BlockUpdate] = field(default_factory=dict)  #: by block name, structured runs only
     warnings: tuple[str, ...] = ()
+    reshaped: bool = False  #: whether parameters have other shapes now: a DistributedDataParallel must be made again
 
     @property
     def churn(self) -> float:

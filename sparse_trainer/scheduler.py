@@ -9,7 +9,6 @@ weights at 0. This file calls them in the right order.
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -89,14 +88,22 @@ class SparsityScheduler(MaskOwner):
         units: UnitSwaps | None = None
         weights: WeightMasks | None = None
         if given is not None:
-            units, weights = take_over(model, config, given, planned.total)
+            units, weights = take_over(model, config, given, planned)
         else:
             if config.structured:
                 generator = torch.Generator().manual_seed(config.seed)
-                units = UnitSwaps(model, planned.heads, planned.neurons, config, generator=generator, closure=closure)
+                units = UnitSwaps(
+                    model,
+                    planned.heads,
+                    planned.neurons,
+                    config,
+                    generator=generator,
+                    closure=closure,
+                    falls=planned.unit_falls,
+                )
             if planned.live is not None:
                 prunable = prunable_weights(model, config.include, config.exclude)
-                weights = WeightMasks(prunable, planned.live, config)
+                weights = WeightMasks(prunable, planned.live, config, patterns=planned.patterns)
         if former is not None:
             former.detach(release=True)
         claim(model, self)
@@ -104,6 +111,7 @@ class SparsityScheduler(MaskOwner):
             warnings.warn(note, stacklevel=2)
         super().__init__(model, config, units, weights, planned.total)
         self._fall = planned.fall
+        self._live = planned.live if planned.fall is not None else None  # the budget now, where it falls
         self._loaded = False  # whether loaded states may have brought dead weights back
         self._step = 0
         self._passes_per_step = 1
@@ -124,6 +132,19 @@ class SparsityScheduler(MaskOwner):
     def update_due(self) -> bool:
         """Whether the next optimizer step, if it counts, ends in an update."""
         return self.schedule.is_update(self._exact_step() + 1)
+
+    @property
+    def target(self) -> int:
+        """Live weights that the budget asks for now; it is what :attr:`budget` counts, after every step."""
+        if self._live is not None:
+            return min(self._live, self._available)
+        return self._weights.target if self._weights is not None else self._available
+
+    @property
+    def falling(self) -> bool:
+        """Whether there is still more live than in the end: the budget, or heads and neurons, have not come down."""
+        weights = self._fall is not None and self._live is not None and self._live > self._fall.last
+        return weights or (self._units is not None and self._units.falling)
 
     @property
     def collecting(self) -> bool:
@@ -250,8 +271,9 @@ class SparsityScheduler(MaskOwner):
             # An update may undo what had gone apart in the masks, but not in the weights under them.
             former = {f"former {what}": value for what, value in self._facts(self._step).items()}
             fraction = self.schedule.fraction(self._step)
-            live = self._fall.at(self._step) if self._fall is not None else None
-            update = self._update(closure, step=self._step, drop_fraction=fraction, live=live)
+            if self._fall is not None and self._live is not None:
+                self._live = min(self._live, self._fall.at(self._step))  # a run that was made longer does not rise
+            update = self._update(closure, step=self._step, drop_fraction=fraction, live=self._live)
             self._last_update = self._step
             self._updates += 1
             facts = {**former, **self._facts(self._step)}
@@ -315,7 +337,7 @@ class SparsityScheduler(MaskOwner):
             "last_update": self._last_update,
             "passes_per_step": self._passes(),
             "total_steps": self.schedule.total_steps,
-            "first_live": self._fall.first if self._fall is not None else None,
+            "live": self._live,
             **live,
         }
 
@@ -355,16 +377,16 @@ class SparsityScheduler(MaskOwner):
                 f"the saved schedule is over {state['total_steps']:,} steps, this one over "
                 f"{self.schedule.total_steps:,}"
             )
-        fall, first = self._fall, state.get("first_live")  # older states do not say
-        if (fall is None) != (first is None):
+        live = state.get("live")  # older states do not say
+        if (self._fall is None) != (live is None):
             raise ValueError(
-                f"the saved budget {'falls' if fall is None else 'does not fall'}, and the configuration's "
-                f"{'does not' if fall is None else 'does'}; set initial_density as it was"
+                f"the saved budget {'falls' if self._fall is None else 'does not fall'}, and the configuration's "
+                f"{'does not' if self._fall is None else 'does'}; set initial_density as it was"
             )
-        if fall is not None and first is not None:
-            fall = dataclasses.replace(fall, first=int(first))
-        self._load_live_state(state, fall.at(int(state["last_update"])) if fall is not None else None)
-        self._fall = fall
+        if self._fall is not None and live is not None and not self._fall.last <= live:
+            raise ValueError(f"the saved budget is {live:,}, and the configuration's ends at {self._fall.last:,}")
+        self._load_live_state(state, self._at_most_all(live))
+        self._live = live
         self._step, self._last_update = int(state["step"]), int(state["last_update"])
         self._passes_per_step = int(state["passes_per_step"])
         self._updates = sum(step <= self._last_update for step in self.schedule.update_steps)

@@ -48,6 +48,10 @@ class SparsityConfig:
     """Share of the attention heads of a block that are live, rounded to whole heads."""
     neuron_density: float = 1.0
     """Share of the MLP neurons of a block that are live, rounded to whole neurons."""
+    unit_falls: int = 0
+    """At how many updates heads and neurons go, from the dense network at the start to what is asked, up to reach_at of
+    the run, along the same cubic as weights: each time the network becomes physically smaller. 0: they are gone from
+    the start."""
     update_every: int | None = None
     """Optimizer steps between updates; by default a hundredth of the run and at least 100."""
     updates: int | None = None
@@ -181,8 +185,18 @@ class SparsityConfig:
         check("score_batches", "a positive whole number", whole(self.score_batches, 1))
         known = ", ".join(UNIT_DISTRIBUTIONS)
         check("unit_distribution", f"one of {known}", self.unit_distribution in UNIT_DISTRIBUTIONS)
-        if self.unit_distribution == "by_score" and self.start != "score":
-            problems.append('unit_distribution: "by_score" needs start: "score", which compares the units')
+        if self.unit_distribution == "by_score" and self.start != "score" and not self.unit_falls:
+            problems.append(
+                'unit_distribution: "by_score" needs start: "score", which compares the units, or unit_falls'
+            )
+        check("unit_falls", "a whole number (0 or more)", whole(self.unit_falls, 0))
+        if self.unit_falls and ":" in str(self.pattern):
+            problems.append(f"unit_falls: pattern {self.pattern} has one density; give 1x1 or RxC, or unit_falls 0")
+        if self.unit_falls and not (
+            (share(self.head_density) and self.head_density < 1)
+            or (share(self.neuron_density) and self.neuron_density < 1)
+        ):
+            problems.append("unit_falls: needs head_density or neuron_density below 1")
         check("start", f"one of {', '.join(STARTS)}", self.start in STARTS)
         check("candidates", f"one of {', '.join(CANDIDATES)}", self.candidates in CANDIDATES)
         check("unit_counts", f"one of {', '.join(UNIT_COUNTS)}", self.unit_counts in UNIT_COUNTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sparse_trainer.construction import LiveNetwork
+from sparse_trainer.construction import LiveNetwork, Plan
 from sparse_trainer.prunable import prunable_weights
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.unit_swaps import UnitSwaps
@@ -13,7 +13,7 @@ from sparse_trainer.weight_masks import WeightMasks
 
 
 def take_over(
-    model: nn.Module, config: SparsityConfig, given: LiveNetwork, total: int
+    model: nn.Module, config: SparsityConfig, given: LiveNetwork, planned: Plan
 ) -> tuple[UnitSwaps | None, WeightMasks | None]:
     """Units and masks as they are live already.
 
@@ -30,12 +30,13 @@ def take_over(
             f"{'its share of live weights' if given.masks else 'null'}"
         )
     units = None
+    total = planned.total
     if given.live_heads or given.live_neurons:
         generator = torch.Generator().manual_seed(config.seed)
-        units = UnitSwaps.of_compact(model, given, config, generator=generator)
+        units = UnitSwaps.of_compact(model, given, config, generator=generator, falls=planned.unit_falls)
     weights = None
     if given.masks:
-        weights = WeightMasks.of_masks(prunable, given.masks, config)
+        weights = WeightMasks.of_masks(prunable, given.masks, config, planned.patterns)
         live = weights.live_count()
         wanted = config.live_parameters or round((config.density or 0) * total)
         same = all(prunable[name].shape == mask.shape for name, mask in given.masks.items())

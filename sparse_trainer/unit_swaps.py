@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from sparse_trainer.budget import count_units
+from sparse_trainer.falling import FallingBudget
 from sparse_trainer.live_units import LiveUnits, Swap
 from sparse_trainer.optimizer_state import Optimizers
 from sparse_trainer.report import BlockUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.unit_choice import choose, spread_by_score
 from sparse_trainer.unit_exchange import exchange
+from sparse_trainer.unit_reshaping import Reshape, exchange_data, set_count, shrink
 from sparse_trainer.unit_scores import LossClosure, gate_scores, probing
 from sparse_trainer.units import UnitGroup, find_blocks, keep
 
@@ -37,6 +39,7 @@ class UnitSwaps:
         config: how units start, come back and are counted. With ``start: score`` the first are the best by the gate
             gradient of ``closure`` on the dense model, and what is removed then is folded into the output biases.
         closure: the loss of one batch; needed by ``score``.
+        falls: by block and kind, how many there are during the training, where they do not leave at once.
     """
 
     def __init__(
@@ -48,8 +51,10 @@ class UnitSwaps:
         *,
         generator: torch.Generator,
         closure: LossClosure | None = None,
+        falls: Mapping[tuple[str, str], FallingBudget] | None = None,
     ) -> None:
         self.model, self.config = model, config
+        self.falls = dict(falls or {})
         self.blocks = find_blocks(model)
         wanted = [
             (group, count[name])
@@ -60,6 +65,13 @@ class UnitSwaps:
         #: Units of each group in the dense network, by block and kind.
         self.dense = {(g.block, g.kind): g.count() for b in self.blocks.values() for g in (b.heads, b.neurons)}
         scores: list[Tensor] = []
+        self.groups: list[LiveUnits] = []
+        if falls:
+            self.groups = [
+                LiveUnits(model, group, range(group.count()), remember_first=config.candidates == "first")
+                for group, _ in wanted
+            ]
+            return
         by_score = config.start == "score"
         if by_score:
             if closure is None:
@@ -72,7 +84,6 @@ class UnitSwaps:
                     found = [score.size for score in gate_scores(closure, gates)]
                 scores = [a + b for a, b in zip(scores, found, strict=True)] if scores else found
         best = _spread(wanted, scores, config) if by_score else []
-        self.groups: list[LiveUnits] = []
         for index, (group, count) in enumerate(wanted):
             live = (
                 best[index] if by_score else sorted(torch.randperm(group.count(), generator=generator)[:count].tolist())
@@ -87,7 +98,13 @@ class UnitSwaps:
 
     @classmethod
     def of_compact(
-        cls, model: nn.Module, given: Any, config: SparsityConfig, *, generator: torch.Generator
+        cls,
+        model: nn.Module,
+        given: Any,
+        config: SparsityConfig,
+        *,
+        generator: torch.Generator,
+        falls: Mapping[tuple[str, str], FallingBudget] | None = None,
     ) -> UnitSwaps:
         """Go on with the live units of a compact model; candidates are drawn anew, with the spread of the live ones.
 
@@ -99,6 +116,7 @@ class UnitSwaps:
         """
         made = cls.__new__(cls)
         made.model, made.config, made.blocks = model, config, find_blocks(model)
+        made.falls = dict(falls or {})
         made.groups, made.dense = [], {}
         asked: dict[str, list[tuple[int, int]]] = {"head": [], "neuron": []}
         for name, block in made.blocks.items():
@@ -112,13 +130,16 @@ class UnitSwaps:
                         f"resume_from: {name} has {group.count()} {group.kind}s, and {len(here)} of {total} are live"
                     )
                 made.dense[name, group.kind] = total
-                asked[group.kind].append((count_units(density, total, group.kind), len(here)))
+                if (name, group.kind) in made.falls:
+                    asked[group.kind].append((len(here), len(here)))
+                else:
+                    asked[group.kind].append((count_units(density, total, group.kind), len(here)))
                 if config.unit_distribution == "uniform" and asked[group.kind][-1][0] != len(here):
                     raise ValueError(
                         f"resume_from: {len(here)} of {total} {group.kind}s of {name} are live, and the configuration "
                         f"asks for {density} of them; give {group.kind}_density={len(here) / total:.4g}"
                     )
-                if len(here) < total:
+                if len(here) < total or (name, group.kind) in made.falls:
                     remember = config.candidates == "first"
                     units = LiveUnits(model, group, here, remember_first=False, total=total, generator=generator)
                     if remember:
@@ -132,39 +153,42 @@ class UnitSwaps:
                 )
         return made
 
-    def take_shapes(self, state: Mapping[str, Any], ema: Mapping[str, nn.Parameter]) -> list[str]:
+    def take_shapes(self, state: Mapping[str, Any], ema: nn.Module | None) -> list[str]:
         """Give each block as many units as it has in a saved state; what they hold is then loaded.
 
         Parameters stay the same objects with other data, so an optimizer goes on with them.
 
         Args:
             state: of :meth:`state_dict`.
+            ema: average of the model, by the same names.
 
         Returns:
             names of the parameters that changed their shape.
         """
+        averages = dict(ema.named_parameters(remove_duplicate=False)) if ema is not None else {}
         parameters, changed = dict(self.model.named_parameters()), []
         for name, block in self.blocks.items():
             for group in (block.heads, block.neurons):
                 total, key = self.dense[name, group.kind], f"{name}.{group.kind}"
                 count = len(state[key]["live"]) if key in state else total
+                if not 0 < count <= total:
+                    raise ValueError(f"{name}: the saved state has {count} live {group.kind}s, and there are {total}")
                 if count == group.count():
                     continue
                 for part in group.slices:
                     changed.append(part.name)
-                    for tensors in (parameters, ema):
+                    for tensors in (parameters, averages):
                         if part.name in tensors:
                             shape = list(tensors[part.name].shape)
                             shape[part.dim] = part.groups * count * part.size
-                            tensors[part.name].data = tensors[part.name].data.new_zeros(shape)
-                            tensors[part.name].grad = None
-                group.set_count(count)
+                            exchange_data(tensors[part.name], tensors[part.name].data.new_zeros(shape))
+                set_count(group, count, ema)
         if changed:
             self.groups = []
             for name, block in self.blocks.items():
                 for group in (block.heads, block.neurons):
                     total = self.dense[name, group.kind]
-                    if group.count() < total:
+                    if f"{name}.{group.kind}" in state:
                         units = LiveUnits(
                             self.model, group, range(group.count()), total=total, generator=torch.Generator()
                         )
@@ -215,6 +239,65 @@ class UnitSwaps:
         """Units of each block in the dense network."""
         counts = {name: len(units) for name, units in self.live(kind).items()}
         return counts | {g.group.block: g.total for g in self.groups if g.group.kind == kind}
+
+    def fall(
+        self,
+        step: int,
+        closure: LossClosure,
+        *,
+        optimizer: Optimizers,
+        ema: nn.Module | None,
+        others: Reshape,
+    ) -> dict[int, Swap]:
+        """Take out as many units as are too many after this step: those whose loss would be felt least.
+
+        Args:
+            step: optimizer steps done.
+            others: reshapes what else is kept in the shape of a parameter.
+
+        Returns:
+            who left, by index into :attr:`groups`; empty where the numbers stay.
+        """
+        due = {
+            index: self.falls[key].at(step)
+            for index, units in enumerate(self.groups)
+            if (key := (units.group.block, units.group.kind)) in self.falls
+        }
+        due = self._never_more(due)
+        if sum(due.values()) == sum(len(self.groups[index].live) for index in due):
+            return {}
+        with probing(self.model, [(self.groups[index].group, {}) for index in due]) as gates:
+            scores = [score.size for score in gate_scores(closure, gates)]
+        if not all(bool(score.isfinite().all()) for score in scores):
+            # The budget comes first: without scores the later slots leave.
+            scores = [-torch.arange(score.numel(), dtype=torch.float32) for score in scores]
+        wanted = [(self.groups[index].group, count) for index, count in due.items()]
+        parameters = dict(self.model.named_parameters())
+        left = {}
+        for (index, _), slots in zip(due.items(), _spread(wanted, scores, self.config), strict=True):
+            units = self.groups[index]
+            if len(slots) < len(units.live):
+                gone = shrink(units, slots, parameters, optimizer=optimizer, ema=ema, others=others)
+                left[index] = Swap((), gone, ())
+        return left
+
+    @property
+    def falling(self) -> bool:
+        """Whether heads or neurons are still to leave for good."""
+        here = {(units.group.block, units.group.kind): len(units.live) for units in self.groups}
+        return sum(here[key] for key in self.falls) > sum(fall.last for fall in self.falls.values())
+
+    def _never_more(self, due: Mapping[int, int]) -> dict[int, int]:
+        """Numbers by group that are not above what there is: the schedule of a run may have been made longer."""
+        here = {index: len(self.groups[index].live) for index in due}
+        if self.config.unit_distribution == "uniform":
+            return {index: min(count, here[index]) for index, count in due.items()}
+        result = dict(due)
+        for kind in ("head", "neuron"):
+            mine = [index for index in due if self.groups[index].group.kind == kind]
+            if sum(due[index] for index in mine) > sum(here[index] for index in mine):
+                result |= {index: here[index] for index in mine}
+        return result
 
     def update(
         self,

@@ -45,10 +45,16 @@ def allocation_of(shapes: Mapping[str, Sequence[int]], live: int, distribution: 
     return result
 
 
-def fitting_patterns(shapes: Mapping[str, Sequence[int]], config: SparsityConfig) -> dict[str, Pattern]:
-    """The pattern of each layer. A budget that falls needs one of single weights, to be met exactly at every step."""
-    patterns = patterns_of(shapes, read_pattern(config.pattern))
-    if config.falls and not any(pattern.single for pattern in patterns.values()):
+def fitting_patterns(
+    shapes: Mapping[str, Sequence[int]], config: SparsityConfig, least: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, Pattern]:
+    """The pattern of each layer. A budget that falls needs one of single weights, to be met exactly at every step.
+
+    Args:
+        least: shapes that the layers have in steps of, where heads and neurons leave during training.
+    """
+    patterns = patterns_of(least or shapes, read_pattern(config.pattern))
+    if (config.falls or config.unit_falls) and not any(pattern.single for pattern in patterns.values()):
         patterns[min(shapes, key=lambda name: math.prod(shapes[name]))] = SINGLE
     return patterns
 
@@ -85,6 +91,7 @@ class WeightMasks:
         live: live elements over all of them.
         config: distribution, growth and seed.
         masks: the first masks; drawn or chosen by ``config`` if None.
+        patterns: of the layers; what divides their shapes if None.
 
     Raises:
         ValueError: if the budget does not fit.
@@ -97,25 +104,31 @@ class WeightMasks:
         config: SparsityConfig,
         *,
         masks: Mapping[str, Tensor] | None = None,
+        patterns: Mapping[str, Pattern] | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.config = config
         self.generator = torch.Generator().manual_seed(config.seed)
         self.growth = GrowthGradient()
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-        self.patterns = fitting_patterns(shapes, config)
+        self.patterns = dict(patterns) if patterns is not None else fitting_patterns(shapes, config)
         self.allocation = self.allocate(live)
         self.masks = {name: self._first_mask(name) for name in shapes} if masks is None else dict(masks)
         self._ever_live = {name: pack_bits(mask) for name, mask in self.masks.items()}
         self._handles: list[RemovableHandle] = []
         self._collectors: list[RemovableHandle] = []
+        self._reshaped = False  # whether shapes changed since the budget was spread over the layers
         self.apply()
         if masks is None and config.start == "random" and config.first_weights == "rescaled":
             self._rescale()
 
     @classmethod
     def of_masks(
-        cls, parameters: Mapping[str, nn.Parameter], masks: Mapping[str, Tensor], config: SparsityConfig
+        cls,
+        parameters: Mapping[str, nn.Parameter],
+        masks: Mapping[str, Tensor],
+        config: SparsityConfig,
+        patterns: Mapping[str, Pattern] | None = None,
     ) -> WeightMasks:
         """Go on with the masks that there are. A layer of another shape gets a new one of the same density.
 
@@ -133,7 +146,7 @@ class WeightMasks:
                 count = round(count_live(mask.cpu()) / mask.numel() * parameter.numel() / pattern.size) * pattern.size
                 mask = pattern.first_mask(parameter.detach(), max(pattern.size, count), generator)
             first[name] = mask.to(parameter.device).clone()
-        made = cls(parameters, sum(map(count_live, first.values())), config, masks=first)
+        made = cls(parameters, sum(map(count_live, first.values())), config, masks=first, patterns=patterns)
         odd = [name for name, mask in first.items() if not made.patterns[name].fits(mask)]
         if odd:
             raise ValueError(
@@ -175,6 +188,29 @@ class WeightMasks:
         for name, parameter in self.parameters.items():
             if self.masks[name].device != parameter.device:
                 self.masks[name] = self.masks[name].to(parameter.device)
+
+    def reshape(self, name: str, change: Callable[[Tensor], Tensor]) -> None:
+        """The parameter of a name gets another shape: so do its mask and all that is known of its weights.
+
+        The next :meth:`update` brings the budget back to what it is.
+        """
+        if name not in self.masks:
+            return
+        mask = self.masks[name]
+        ever = unpack_bits(self._ever_live[name], mask.numel()).view(mask.shape)
+        self._ever_live[name] = pack_bits(change(ever))
+        mask = change(mask)
+        pattern = self.patterns[name]
+        if not pattern.fits(mask):  # neurons left one by one, and others moved up into their blocks
+            mask = pattern.expand(pattern.touched(mask), mask.shape)  # too many now, until the update prunes
+        self.masks[name] = mask
+        self.growth.reshape(name, change)
+        self._reshaped = True
+
+    @property
+    def target(self) -> int:
+        """Live elements that were asked for."""
+        return sum(self.allocation.values())
 
     def live_count(self) -> int:
         """Live elements, counted on the masks."""
@@ -241,8 +277,9 @@ class WeightMasks:
             frozen: bool masks by name of elements that this update must leave alone (units that just came).
             live: the budget from now on, where it falls.
         """
-        if live is not None and live != sum(self.allocation.values()):
-            self.allocation = self.allocate(live)
+        budget = self.target if live is None else live
+        if self._reshaped or budget != self.target:
+            self.allocation, self._reshaped = self.allocate(budget), False
         # With a global distribution the share of each layer is what it has come to.
         fewer = {name: count_live(self.masks[name]) - count for name, count in self.allocation.items()}
         gradients = self.growth.take() if self.config.grow == "gradient" else {}
@@ -372,7 +409,7 @@ class WeightMasks:
         if odd:
             raise ValueError(f"the saved mask of {odd[0]} is not of pattern {self.patterns[odd[0]]}")
         live = sum(count_live(mask) for mask in masks.values())
-        budget = sum(self.allocation.values()) if expected_live is None else expected_live
+        budget = self.target if expected_live is None else expected_live
         if live != budget:
             raise ValueError(f"the saved masks have {live:,} live elements, the budget is {budget:,}")
         return masks
@@ -387,7 +424,7 @@ class WeightMasks:
             ValueError: as :meth:`check_state`.
         """
         masks = self.check_state(state, live)
-        if live is not None and live != sum(self.allocation.values()):
+        if live is not None and live != self.target:
             self.allocation = self.allocate(live)
         for name, mask in masks.items():
             self.masks[name].copy_(mask)

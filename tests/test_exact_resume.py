@@ -56,6 +56,13 @@ VARIANTS: dict[str, Changes] = {
         "sparsity": {**SHORT["sparsity"], "density": 0.2, "initial_density": 0.9, "pattern": "4x1"},
         "training": {**SHORT["training"], "ema_decay": 0.9},
     },
+    "units that leave": {
+        "sparsity": {
+            **SHORT["sparsity"], "density": 0.2, "initial_density": 1.0, "head_density": 0.34, "neuron_density": 0.5,
+            "unit_falls": 1, "update_every": 2, "reach_at": 0.4,
+        },
+        "training": {**SHORT["training"], "ema_decay": 0.9},
+    },
     "blocks of different sizes": {
         "sparsity": {
             **SHORT["sparsity"], "density": 0.35, "head_density": 0.67, "neuron_density": 0.5, "start": "score",

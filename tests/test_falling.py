@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,15 +13,30 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from sparse_trainer import SparsityConfig, SparsityScheduler
+from sparse_trainer.budget import count_units
 from sparse_trainer.falling import FallingBudget, steps_of_fall
+from sparse_trainer.files.checkpoint import read_info
 from sparse_trainer.masks import prune_and_grow
+from sparse_trainer.optimizer_state import moments
 from sparse_trainer.patterns import Pattern
+from sparse_trainer.report import MaskUpdate
+from sparse_trainer.units import find_blocks
 from tests.test_scheduler import assert_invariants, batches
+from tests.test_training import run as train_run
+from tests.test_training import start
 
 Factory = Callable[..., nn.Module]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:pattern. .* does not divide",
+    "ignore:.*is rounded to",
+    "ignore:what came back",
+    "ignore:.*has single weights",
+)
 
 
 def test_by_hand() -> None:
@@ -124,7 +141,6 @@ def run(
     return scheduler, optimizer, seen
 
 
-@pytest.mark.filterwarnings("ignore:pattern. .* does not divide", "ignore:.*is rounded to", "ignore:what came back")
 @pytest.mark.parametrize("options", CONFIGS, ids=str)
 def test_exact_after_every_step(tiny_deit: Factory, options: dict[str, Any]) -> None:
     scheduler, _, seen = run(tiny_deit(), options, 16)
@@ -231,3 +247,188 @@ def test_bad_values_are_named(tiny_deit: Factory) -> None:
         SparsityScheduler(tiny_deit(), SparsityConfig(initial_density=0.9, updates=0), total_steps=9)
     with pytest.raises(ValueError, match=r"initial_density: 0\.1 of .* prunable weights is .*, below the budget"):
         SparsityScheduler(tiny_deit(), SparsityConfig(initial_density=0.1, live_parameters=12_000), total_steps=900)
+
+
+UNITS: list[dict[str, Any]] = [
+    {"density": None, "head_density": 0.34, "neuron_density": 0.5, "unit_falls": 3},
+    {"density": 0.3, "head_density": 0.34, "unit_falls": 2},
+    {"density": 0.2, "initial_density": 1.0, "head_density": 0.34, "neuron_density": 0.5, "unit_falls": 3},
+    {
+        "density": 0.2, "initial_density": 0.9, "head_density": 0.67, "neuron_density": 0.25, "unit_falls": 3,
+        "unit_distribution": "by_score", "distribution": "global", "candidates": "first",
+    },
+    {"density": 0.3, "head_density": 0.34, "neuron_density": 0.5, "unit_falls": 3, "pattern": "8x1"},
+    {"density": 0.3, "neuron_density": 0.5, "unit_falls": 9, "grow": "random", "swap": "always"},
+]  # fmt: skip
+
+
+def prepare(
+    tiny_deit: Factory, options: dict[str, Any], opt: str = "adamw"
+) -> tuple[SparsityScheduler, torch.optim.Optimizer, ModelEmaV3]:
+    model = tiny_deit()
+    scheduler = SparsityScheduler(model, SparsityConfig(**{"update_every": 2, **options}), total_steps=20)
+    if opt == "adafactor":
+        optimizer: torch.optim.Optimizer = torch.optim.Adafactor(model.parameters(), lr=1e-2)
+    else:
+        optimizer = create_optimizer_v2(model, opt=opt, lr=1e-2)
+    ema = ModelEmaV3(model, decay=0.9)
+    scheduler.attach(optimizer, ema=ema.module)
+    return scheduler, optimizer, ema
+
+
+def one_step(
+    scheduler: SparsityScheduler, optimizer: torch.optim.Optimizer, ema: ModelEmaV3, step: int
+) -> MaskUpdate | None:
+    images, targets = next(itertools.islice(batches(), step, None))
+    model = scheduler.model
+    loss = F.cross_entropy(model(images), targets)
+    ema.graph_before, ema.graph = getattr(ema, "graph", None), loss  # as in a loop that holds its last loss
+    loss.backward()
+    optimizer.step()
+    update = scheduler.step(lambda: F.cross_entropy(model(images), targets))
+    optimizer.zero_grad()
+    ema.update(model)
+    return update
+
+
+@pytest.mark.parametrize("options", UNITS, ids=str)
+def test_units_leave_during_training(tiny_deit: Factory, options: dict[str, Any]) -> None:
+    """All are there at first; at the end as many as were asked for, in the model, its average and the moments."""
+    scheduler, optimizer, ema = prepare(tiny_deit, options)
+    total = scheduler.budget.total
+    heads, neurons = scheduler.dense_heads, scheduler.dense_neurons
+    assert {name: len(live) for name, live in scheduler.live_heads.items()} == heads
+    assert {name: len(live) for name, live in scheduler.live_neurons.items()} == neurons
+    sizes = []
+    for step in range(16):
+        update = one_step(scheduler, optimizer, ema, step)
+        available = sum(p.numel() for p in scheduler._prunable.values())
+        if scheduler.config.masks_weights:
+            fall, last = scheduler._fall, round(scheduler.config.density * total)  # type: ignore[operator]
+            live = min(fall.at(step + 1), available) if fall is not None else last
+            assert_invariants(scheduler, optimizer, live, ema.module)
+            assert all(p.fits(scheduler.masks[name]) for name, p in scheduler._weights.patterns.items())  # type: ignore[union-attr]
+        sizes.append(sum(p.numel() for p in scheduler.model.parameters()))
+        if update is not None:
+            assert update.reshaped == (sizes[-1] < sizes[-2])
+            gone = sum(len(b.heads_removed) - len(b.heads_added) for b in update.blocks.values())
+            gone += sum(len(b.neurons_removed) - len(b.neurons_added) for b in update.blocks.values())
+            assert (gone > 0) == update.reshaped
+        for name, parameter in scheduler.model.named_parameters():
+            assert ema.module.get_parameter(name).shape == parameter.shape
+            for _, value in moments(optimizer, parameter):
+                assert value.shape == parameter.shape
+        images, _ = next(batches())
+        assert ema.module(images).isfinite().all()
+    falls = len(set(sizes))
+    assert 2 <= falls <= options["unit_falls"] + 1
+    assert sizes == sorted(sizes, reverse=True)
+    count = sum(map(len, scheduler.live_heads.values())), sum(map(len, scheduler.live_neurons.values()))
+    config = scheduler.config
+    assert count == (
+        sum(count_units(config.head_density, n, "head") for n in heads.values()),
+        sum(count_units(config.neuron_density, n, "neuron") for n in neurons.values()),
+    )
+    for name, dense in heads.items():
+        assert sorted([*scheduler.live_heads[name], *_dormant(scheduler, name, "head")]) == list(range(dense))
+
+
+def _dormant(scheduler: SparsityScheduler, block: str, kind: str) -> list[int]:
+    assert scheduler._units is not None
+    found = [u for u in scheduler._units.groups if (u.group.block, u.group.kind) == (block, kind)]
+    return list(found[0].dormant) if found else []
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adafactor", "lion", "lamb"])
+def test_units_leave_under_other_optimizers(tiny_deit: Factory, opt: str) -> None:
+    scheduler, optimizer, ema = prepare(tiny_deit, {"density": 0.3, "head_density": 0.34, "unit_falls": 2}, opt)
+    for step in range(12):
+        one_step(scheduler, optimizer, ema, step)
+    assert_invariants(scheduler, optimizer, round(0.3 * scheduler.budget.total), ema.module)
+
+
+def test_those_that_matter_least_leave_and_the_function_stays(tiny_deit: Factory) -> None:
+    """Heads whose output is 0, and whose values have a bias that reaches the output as a constant."""
+    scheduler, optimizer, ema = prepare(
+        tiny_deit, {"density": None, "head_density": 0.34, "unit_falls": 1, "swap": "if_better"}
+    )
+    model = scheduler.model
+    for block in find_blocks(model).values():
+        part = block.heads.inputs[0]
+        with torch.no_grad():
+            # Their values do not depend on the image, so the gate has a gradient, and the constant is all they add.
+            part.units(model.get_parameter(part.name).data)[1:, 2] = 0
+            model.get_parameter(f"{block.name}.attn.qkv.bias").view(3, 3, -1)[2, 1:] = 0.3
+            model.get_parameter(f"{block.name}.attn.proj.weight")[:, part.size :].mul_(1e-3)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    images, _ = next(batches())
+    before = model(images)
+    for step in range(10):
+        one_step(scheduler, optimizer, ema, step)
+    assert set(scheduler.live_heads.values()) == {(0,)}
+    torch.testing.assert_close(model(images), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("at", [5, 9, 12])
+@pytest.mark.parametrize("options", [UNITS[2], UNITS[3]], ids=["uniform", "by_score"])
+def test_a_state_between_two_falls_goes_on_bit_for_bit(tiny_deit: Factory, options: dict[str, Any], at: int) -> None:
+    first = prepare(tiny_deit, options)
+    for step in range(at):
+        one_step(*first, step)
+    states = copy.deepcopy([first[0].model.state_dict(), *(part.state_dict() for part in first)])
+    again = prepare(tiny_deit, options)
+    again[0].take_shapes(states[1])
+    for part, state in zip((again[0].model, *again), states, strict=True):
+        part.load_state_dict(state)
+    for step in range(at, 16):
+        one_step(*first, step)
+        one_step(*again, step)
+    for mine, other in ((first[0].model, again[0].model), (first[2], again[2])):
+        assert all(torch.equal(value, other.state_dict()[name]) for name, value in mine.state_dict().items())
+    assert all(torch.equal(mask, again[0].masks[name]) for name, mask in first[0].masks.items())
+    assert first[0].live_heads == again[0].live_heads
+
+
+def test_a_compiled_network_goes_on(tiny_deit: Factory) -> None:
+    torch.compiler.reset()
+    scheduler, optimizer, _ = prepare(tiny_deit, {"density": None, "neuron_density": 0.5, "unit_falls": 1})
+    model = scheduler.model
+    compiled = torch.compile(model, backend="aot_eager")
+    for step in range(12):
+        images, targets = next(itertools.islice(batches(), step, None))
+        F.cross_entropy(compiled(images), targets).backward()
+        optimizer.step()
+        scheduler.step(lambda i=images, t=targets: F.cross_entropy(model(i), t))  # type: ignore[misc]
+        optimizer.zero_grad()
+        torch.testing.assert_close(compiled(images), model(images))
+    assert {len(live) for live in scheduler.live_neurons.values()} == {48}
+
+
+def test_bad_unit_falls_are_named() -> None:
+    with pytest.raises(ValueError, match="unit_falls: needs head_density or neuron_density below 1"):
+        SparsityConfig(unit_falls=2)
+    with pytest.raises(ValueError, match="unit_falls: pattern 2:4 has one density; give 1x1 or RxC"):
+        SparsityConfig(unit_falls=2, head_density=0.5, pattern="2:4")
+    with pytest.raises(ValueError, match="unit_falls: -1 is not a whole number"):
+        SparsityConfig(unit_falls=-1, head_density=0.5)
+
+
+def test_the_best_checkpoint_has_come_down(tmp_path: Path) -> None:
+    """While there is more live than was asked for, no evaluation is the best, however good."""
+    sparsity = {
+        "density": 0.2, "initial_density": 1.0, "head_density": 0.34, "neuron_density": 0.5, "unit_falls": 1,
+        "updates": None, "update_every": 3, "growth_batches": 1, "stop_at": 1.0,
+    }  # fmt: skip
+    changes = {"data": {"train_subset": 60}, "sparsity": sparsity, "training": {"steps": 12, "eval_every": 0.2}}
+    loop = start(tmp_path / "run", changes)
+    train_run(loop)
+    assert loop.trainer.sparsity is not None
+    assert not loop.trainer.sparsity.falling
+    live = round(0.2 * loop.trainer.budget.total)
+    assert loop.trainer.target == loop.trainer.budget.live == live
+    assert loop.history.best is not None
+    first = next(step for step in loop.trainer.sparsity.schedule.update_steps if step >= 6)
+    assert loop.history.best["step"] >= first
+    for file in (loop.folder.best, loop.folder.sparse):
+        assert read_info(file).budget.live == live

@@ -46,6 +46,7 @@ FLOORS = {
         "unit_scores": 2,
         "unit_choice": 3,
         "unit_exchange": 2,
+        "unit_reshaping": 2,
         "unit_swaps": 4,
         "growth_gradient": 2,
         "weight_choice": 2,

@@ -67,7 +67,15 @@ THRESHOLD: Change = {
 }
 KINDS: dict[str, Change] = {
     "weights": {},
-    "falling": {"sparsity": {"density": 0.2, "initial_density": 0.9}},
+    "falling": {
+        "sparsity": {
+            "density": 0.2,
+            "initial_density": 0.9,
+            "head_density": 0.67,
+            "neuron_density": 0.5,
+            "unit_falls": 2,
+        }
+    },
     "structured": {"sparsity": {**UNITS, "density": None, "start": "score"}},
     "top_k": {"selector": {"keep_ratio": 0.5}, "data": {"mixup": 0.8, "batch_size": 12}},
     "threshold": THRESHOLD,

@@ -52,7 +52,7 @@ def conclude(loop: Loop, console: Console) -> None:
             dense_accuracy(trainer.config),
         ),
         ("best top-1", f"{best[loop.score]:.2f} % at step {int(best['step']):,}", ""),
-        ("live parameters", f"{trainer.budget}; budget {loop.budget.live:,}", f"{trainer.budget.total:,}"),
+        ("live parameters", f"{trainer.budget}; budget {trainer.target:,}", f"{trainer.budget.total:,}"),
         (
             "MACs per image",
             f"{count.live_macs / 1e6:,.1f} M live, {count.macs / 1e6:,.1f} M as computed{asked}",

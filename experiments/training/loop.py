@@ -102,7 +102,6 @@ class Loop:
         self.history = History()
         self.speeds: Speeds | None = None  #: once the run is complete, in the process that completed it
         self.clock = Clock()
-        self.budget = trainer.budget
         self.score = "ema_top1" if trainer.ema is not None else "top1"
         self.notes: list[str] = []
         """What was found wrong with the folder."""
@@ -319,7 +318,9 @@ class Loop:
                 self.journal.writer.end_line()
         self.history.evaluations.append({"step": tried, **metrics})
         best = self.history.best
-        is_best = best is None or metrics[self.score] > best[self.score]
+        # A network that is still above its budget is not what was asked for.
+        counts = trainer.sparsity is None or not trainer.sparsity.falling or trainer.finished
+        is_best = counts and (best is None or metrics[self.score] > best[self.score])
         if is_best:
             self.history.best = self.history.evaluations[-1]
         average = f"  average {metrics['ema_top1']:.2f}" if trainer.ema is not None else ""

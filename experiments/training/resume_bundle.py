@@ -7,6 +7,7 @@ training. So everything is compared with the state that the new run begins with,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
@@ -82,6 +83,8 @@ def check_bundle(path: Path, state: Mapping[str, Any], trainer: Trainer, most_st
     problems = list(_outer_problems(state))
     if not problems:
         check_same_run(state["trainer"]["config"], flatten(trainer.config))
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # what is odd is named below
+            trainer.take_shapes(state["trainer"])
         most_steps = most_steps if most_steps is not None else trainer.plan.total_steps
         problems = list(_trainer_problems(state["trainer"], trainer.state_dict(), trainer, most_steps))
     if problems:

@@ -146,6 +146,13 @@ class Trainer:
             forward = in_parallel(forward, self.model, image)
         return forward
 
+    def _remake_forward(self) -> None:
+        """Parameters have other shapes: what was built on the former ones is given up first."""
+        del self.forward
+        if self.config.training.compile:
+            torch.compiler.reset()  # or this would count as one of the few compilations of the same code
+        self.forward = self._make_forward()
+
     @property
     def bad_steps(self) -> int:
         """Steps that were dropped."""
@@ -180,6 +187,11 @@ class Trainer:
             return self.sparsity.budget
         total = sum(weight.numel() for weight in prunable_weights(self.model).values())
         return Budget(total, total)
+
+    @property
+    def target(self) -> int:
+        """Live weights that the budget asks for."""
+        return self.sparsity.target if self.sparsity is not None else self.budget.live
 
     def count(self) -> Count:
         """Parameters and mean multiply-accumulates of an image, counted now, with the tokens that were kept at the
@@ -235,6 +247,8 @@ class Trainer:
         if known:
             self.weight_step.move(norm, bad, overflowed=whole_norm)
         update, notes = self._update_masks(*last, due=due, skipped=bad and not known)
+        if update is not None and update.reshaped:
+            self._remake_forward()
         self.optimizer.zero_grad(set_to_none=True)
         self.tried += 1
         if bad:
@@ -340,6 +354,11 @@ class Trainer:
             "random": self.processes.gather(random_states(self.device)),
         }
 
+    def take_shapes(self, state: Mapping[str, Any]) -> None:
+        """Give heads and neurons the numbers of a saved state, which may have been others than those at the start."""
+        if self.sparsity is not None and self.sparsity.take_shapes(state["sparsity"]):
+            self._remake_forward()
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where :meth:`state_dict` was called; on the CPU in the same bits as if nothing had happened.
 
@@ -353,8 +372,7 @@ class Trainer:
         check_same_checkpoint([state["tried"], state["step"]], self.processes)
         if state["tried"] % self.plan.steps_per_epoch:
             check_same_order(state["order"], self.data.train.order)
-        if self.sparsity is not None and self.sparsity.take_shapes(state["sparsity"]):
-            self.forward = self._make_forward()
+        self.take_shapes(state)
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])

@@ -1,0 +1,101 @@
+"""A block with another number of units: every tensor that knows of them changes its shape together.
+
+Parameters stay the same objects with other data, so optimizers, hooks and whoever else holds them go on. What is kept
+by the shape of a parameter has to be made again by its owner: a ``DistributedDataParallel`` around the model above all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparse_trainer.live_units import LiveUnits
+from sparse_trainer.optimizer_state import Optimizers
+from sparse_trainer.units import UnitGroup, UnitSlice, constant_output, find_blocks
+
+Reshape = Callable[[str, Callable[[Tensor], Tensor]], None]
+"""Applies a function to whatever else is kept in the shape of a parameter, by its name."""
+
+
+@torch.no_grad()
+def shrink(
+    units: LiveUnits,
+    slots: Sequence[int],
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    optimizer: Optimizers,
+    ema: nn.Module | None,
+    others: Reshape,
+) -> tuple[int, ...]:
+    """Take all but some units out of a block. What they add whatever the input is goes into the output bias.
+
+    Args:
+        slots: those that stay, ascending.
+        ema: average of the model, by the same names.
+        others: masks and what else there is.
+
+    Returns:
+        the units that left.
+    """
+    group = units.group
+    gone = [slot for slot in range(len(units.live)) if slot not in set(slots)]
+    averages = dict(ema.named_parameters(remove_duplicate=False)) if ema is not None else {}
+    for tensors in (parameters, averages):
+        if tensors and group.output_bias is not None:
+            constant = constant_output(group, tensors, gone)
+            if constant is not None:
+                tensors[group.output_bias].data.add_(constant)
+    for part in group.slices:
+        parameter = parameters[part.name]
+        if part.name in units.first:
+            leaving = part.take(units.first[part.name], [units.live[slot] for slot in gone])
+        else:
+            leaving = part.take(parameter.data, gone)
+        units.candidates[part.name] = part.join(units.candidates[part.name], leaving)
+
+        def kept(tensor: Tensor, part: UnitSlice = part) -> Tensor:
+            return part.take(tensor, slots)
+
+        _reshape_state(optimizer, parameter, kept)
+        others(part.name, kept)
+        exchange_data(parameter, kept(parameter.data))
+        if part.name in averages:
+            exchange_data(averages[part.name], kept(averages[part.name].data))
+    set_count(group, len(slots), ema)
+    return units.removed(gone)
+
+
+def exchange_data(parameter: nn.Parameter, data: Tensor) -> None:
+    """Give a parameter data of another shape; its gradient is gone.
+
+    Autograd keeps, for as long as a graph of the parameter lives, a node that accumulates gradients of the old shape.
+    A change of type drops it.
+    """
+    parameter.grad = None
+    other = torch.float64 if parameter.dtype != torch.float64 else torch.float32
+    parameter.data = parameter.data.new_empty(0, dtype=other)
+    parameter.data = data
+
+
+def set_count(group: UnitGroup, units: int, ema: nn.Module | None) -> None:
+    """Bring the numbers of the modules in line with the tensors, in the average too."""
+    group.set_count(units)
+    if ema is not None:
+        block = find_blocks(ema)[group.block]
+        (block.heads if group.kind == "head" else block.neurons).set_count(units)
+
+
+def _reshape_state(optimizer: Optimizers, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
+    """Moments follow; what an optimizer keeps by rows and columns begins anew."""
+    for member in optimizer.members:
+        state = member.state.get(parameter)
+        if not state:
+            continue
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
+        if any(value.shape != parameter.shape for value in tensors.values()):
+            member.state.pop(parameter)
+            continue
+        for key, value in tensors.items():
+            state[key] = change(value)

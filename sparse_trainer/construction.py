@@ -77,15 +77,18 @@ def plan(model: nn.Module, config: SparsityConfig, schedule: UpdateSchedule, giv
         heads = {n: count_units(config.head_density, b.heads.count(), "head") for n, b in blocks.items()}
         neurons = {n: _neurons_of(config, b.neurons.count()) for n, b in blocks.items()}
         notes += _roundings(config, blocks, heads, neurons)
+        if config.unit_distribution != "uniform":
+            _check_alike(blocks)
         falls = _unit_falls(blocks, heads, neurons, config, schedule)
         shapes = compact_shapes(shapes, blocks, heads, neurons)
         if not falls:
             first_shapes = shapes
     if not config.masks_weights:
         return Plan(prunable, None, None, heads, neurons, falls, None, tuple(notes))
+    vary = bool(falls) or (config.structured and config.unit_distribution == "global")
     live, fall = _live_target(config, sum(map(_numel, shapes.values())), prunable, len(shapes)), None
     pattern = read_pattern(config.pattern)
-    patterns = fitting_patterns(shapes, config, _steps_of_shapes(shapes, blocks, config) if falls else None)
+    patterns = fitting_patterns(shapes, config, _steps_of_shapes(shapes, blocks, config) if vary else None)
     odd = [name for name, own in patterns.items() if own != pattern]
     if len(odd) == len(patterns):
         raise ValueError(f"pattern: {config.pattern} divides no layer of this model")
@@ -114,7 +117,7 @@ def plan(model: nn.Module, config: SparsityConfig, schedule: UpdateSchedule, giv
             )
         budget = fall.at(step) if fall is not None else live
         allocate_blocks(there, min(budget, sum(map(_numel, there.values()))), config, dict(patterns))
-    return Plan(prunable, live, fall, heads, neurons, falls, patterns if falls else None, tuple(notes))
+    return Plan(prunable, live, fall, heads, neurons, falls, patterns if vary else None, tuple(notes))
 
 
 def _plan_from(
@@ -132,7 +135,8 @@ def _plan_from(
     if live is not None and config.falls:
         last = _live_target(config, total, total, len(shapes))
         fall = _fall(live, last, config, schedule) if last < live else None
-    if not (config.unit_falls and (given.dense_heads or given.dense_neurons)):
+    varies = config.unit_falls or config.unit_distribution == "global"
+    if not (varies and (given.dense_heads or given.dense_neurons)):
         return Plan(total, live, fall, {}, {}, {}, None, notes)
     blocks = find_blocks(model)
     heads = {name: count_units(config.head_density, dense, "head") for name, dense in given.dense_heads.items()}
@@ -140,6 +144,20 @@ def _plan_from(
     falls = _unit_falls(blocks, heads, neurons, config, schedule)
     patterns = fitting_patterns(shapes, config, _steps_of_shapes(shapes, blocks, config))
     return Plan(total, live, fall, {}, {}, falls, patterns, notes)
+
+
+def _check_alike(blocks: Mapping[str, BlockUnits]) -> None:
+    """As many units of another block must be as large.
+
+    Raises:
+        ValueError: they are not.
+    """
+    sizes = {(group.kind, group.size, group.writer.weight.shape[0]) for b in blocks.values() for group in b.groups}
+    if len(sizes) > len({kind for kind, _, _ in sizes}):
+        raise ValueError(
+            "unit_distribution: by_score and global need heads and neurons of one size, and this model has blocks of "
+            'different widths; give "uniform"'
+        )
 
 
 def _fall(first: int, last: int, config: SparsityConfig, schedule: UpdateSchedule) -> FallingBudget:
@@ -174,7 +192,7 @@ def _steps_of_shapes(
     shapes: Mapping[str, tuple[int, ...]], blocks: Mapping[str, BlockUnits], config: SparsityConfig
 ) -> dict[str, tuple[int, ...]]:
     """What shapes change by when heads and neurons leave: a pattern that divides this divides them all."""
-    whole = 1 if config.unit_distribution == "by_score" else _whole(config)
+    whole = _whole(config) if config.unit_distribution == "uniform" else 1
     return compact_shapes(
         shapes,
         blocks,

@@ -125,6 +125,18 @@ class LiveUnits:
         self.tried.update(swap.added)
         self.last = swap
 
+    def added(self, places: Sequence[int]) -> tuple[int, ...]:
+        """Note that candidates came, each into a slot of its own after all others."""
+        units = tuple(self.dormant[place] for place in places)
+        self.live += units
+        self.dormant = [unit for place, unit in enumerate(self.dormant) if place not in set(places)]
+        for unit in units:
+            self.left.pop(unit, None)
+            self.came[unit] = self.updates
+        self.explored.update(units)
+        self.tried.update(units)
+        return units
+
     def removed(self, slots: Sequence[int]) -> tuple[int, ...]:
         """Note that units left and their slots with them; they are the last of the candidates now."""
         units = tuple(self.live[slot] for slot in slots)

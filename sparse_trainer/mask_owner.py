@@ -23,14 +23,11 @@ from sparse_trainer.masks import zero_dead
 from sparse_trainer.prunable import Standing, prunable_places, prunable_weights
 from sparse_trainer.report import MaskUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
+from sparse_trainer.unit_reshaping import nothing_else
 from sparse_trainer.unit_swaps import UnitSwaps
 from sparse_trainer.weight_masks import WeightMasks
 
 LossClosure = Callable[[], Tensor]
-
-
-def _nothing_else(name: str, change: Callable[[Tensor], Tensor]) -> None:
-    """Nothing else is kept in the shape of a parameter."""
 
 
 class MaskOwner:
@@ -174,24 +171,22 @@ class MaskOwner:
         left: dict[int, Swap] = {}
         notes: list[str] = []
         fresh: dict[str, Tensor] = {}
-        averages = self._averages()
         if self._units and closure is not None:
-            reshape = self._weights.reshape if self._weights else _nothing_else
+            reshape = self._weights.reshape if self._weights else nothing_else
             left = self._units.fall(step, closure, optimizer=optimizers, ema=self._ema, others=reshape)
-            if left:
-                averages = self._averages()
-            else:
+            if not left:
                 swaps, notes = self._units.update(
                     closure,
                     drop_fraction,
                     optimizer=optimizers,
-                    ema=averages,
+                    ema=self._ema,
                     masks=self.masks,
+                    others=reshape,
                 )
                 fresh = self._units.fresh(swaps, self.masks)
         ranked = self._weights is None or self.config.grow == "random" or self._weights.growth.holds_gradient
         layers = (
-            self._weights.update(drop_fraction, optimizers, averages, fresh, self._at_most_all(live))
+            self._weights.update(drop_fraction, optimizers, self._averages(), fresh, self._at_most_all(live))
             if self._weights
             else {}
         )
@@ -212,7 +207,7 @@ class MaskOwner:
             layers=layers,
             blocks=self._units.report(swaps | left) if self._units is not None else {},
             warnings=tuple(notes),
-            reshaped=bool(left),
+            reshaped=any(len(swap.removed) != len(swap.added) for swap in (swaps | left).values()),
         )
 
     def _at_most_all(self, live: int | None) -> int | None:
@@ -287,7 +282,8 @@ class MaskOwner:
                 assert live is not None
                 self._weights.remove()
                 prunable = prunable_weights(self.model, self.config.include, self.config.exclude)
-                patterns = self._weights.patterns if self.config.unit_falls else None
+                varies = self.config.unit_falls or self.config.unit_distribution == "global"
+                patterns = self._weights.patterns if varies else None
                 self._weights = WeightMasks(prunable, live, self.config, patterns=patterns)
             self._enforcement = self._enforce_masks()
         return changed

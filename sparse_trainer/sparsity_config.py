@@ -13,7 +13,7 @@ from sparse_trainer.update_schedule import UpdateSchedule
 GROWTH = ("gradient", "random")
 SWAPS = ("always", "if_better", "explore")
 STARTS = ("random", "score")
-UNIT_DISTRIBUTIONS = ("uniform", "by_score")
+UNIT_DISTRIBUTIONS = ("uniform", "by_score", "global")
 CANDIDATES = ("last", "first")
 UNIT_COUNTS = ("carry", "round_up")
 FIRST_WEIGHTS = ("drawn", "rescaled")
@@ -88,8 +88,9 @@ class SparsityConfig:
     score_batches: int = 4
     """With start: score, over how many calls of the closure the scores of units are averaged."""
     unit_distribution: str = "uniform"
-    """How live heads and neurons are spread over the blocks: uniform, the same share of each; or by_score (with start:
-    score), as many in all, and where they matter most: none below one head and the floor of its neurons."""
+    """How live heads and neurons are spread over the blocks: uniform, the same share of each; by_score (with start:
+    score, or unit_falls), as many in all, and where they matter most: none below one head and the floor of its neurons;
+    global: at every update the weakest of the network leave and the most promising come, in whichever block."""
     first_weights: str = "drawn"
     """Where training starts from random weights: as they were drawn, for a dense layer; or rescaled, multiplied by
     1 / sqrt(density of the layer), so that a layer passes on as much variance as a dense one."""

@@ -1,4 +1,4 @@
-"""A block with another number of units: every tensor that knows of them changes its shape together.
+"""A block with fewer or more units: every tensor that knows of them changes its shape together.
 
 Parameters stay the same objects with other data, so optimizers, hooks and whoever else holds them go on. What is kept
 by the shape of a parameter has to be made again by its owner: a ``DistributedDataParallel`` around the model above all.
@@ -17,6 +17,10 @@ from sparse_trainer.units import UnitGroup, UnitSlice, constant_output, find_blo
 
 Reshape = Callable[[str, Callable[[Tensor], Tensor]], None]
 """Applies a function to whatever else is kept in the shape of a parameter, by its name."""
+
+
+def nothing_else(name: str, change: Callable[[Tensor], Tensor]) -> None:
+    """Nothing else is kept in the shape of a parameter."""
 
 
 @torch.no_grad()
@@ -65,6 +69,55 @@ def shrink(
             exchange_data(averages[part.name], kept(averages[part.name].data))
     set_count(group, len(slots), ema)
     return units.removed(gone)
+
+
+@torch.no_grad()
+def grow(
+    units: LiveUnits,
+    places: Sequence[int],
+    parameters: Mapping[str, nn.Parameter],
+    *,
+    writing: Sequence[int] = (),
+    optimizer: Optimizers,
+    ema: nn.Module | None,
+    others: Reshape,
+) -> tuple[int, ...]:
+    """Take candidates into a block, each into a new slot. Their moments begin at 0, and so does what they write.
+
+    What else is kept per weight (masks above all) is for a new unit as it is for a live one: for the candidate at place
+    ``p`` that of slot ``p`` modulo the slots, under which it was scored.
+
+    Args:
+        writing: places of those that write at once as they did.
+
+    Returns:
+        the units that came.
+    """
+    group, live = units.group, len(units.live)
+    averages = dict(ema.named_parameters(remove_duplicate=False)) if ema is not None else {}
+    models = [place % live for place in places]
+    stay = [place for place in range(len(units.dormant)) if place not in set(places)]
+    for part in group.slices:
+        parameter, store = parameters[part.name], units.candidates[part.name]
+        coming = part.take(store, places)
+        if part in group.outputs:
+            part.units(coming)[torch.tensor([place not in set(writing) for place in places])] = 0
+        units.candidates[part.name] = part.take(store, stay)
+
+        def with_zeros(tensor: Tensor, part: UnitSlice = part) -> Tensor:
+            return part.join(tensor, torch.zeros_like(part.take(tensor, models)))
+
+        def with_copies(tensor: Tensor, part: UnitSlice = part) -> Tensor:
+            return part.join(tensor, part.take(tensor, models))
+
+        _reshape_state(optimizer, parameter, with_zeros)
+        others(part.name, with_copies)
+        exchange_data(parameter, part.join(parameter.data, coming))
+        if part.name in averages:
+            average = averages[part.name]
+            exchange_data(average, part.join(average.data, coming.to(average)))
+    set_count(group, live + len(places), ema)
+    return units.added(places)
 
 
 def exchange_data(parameter: nn.Parameter, data: Tensor) -> None:

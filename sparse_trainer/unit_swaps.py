@@ -22,8 +22,9 @@ from sparse_trainer.report import BlockUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.unit_choice import choose, spread_by_score
 from sparse_trainer.unit_exchange import exchange
-from sparse_trainer.unit_reshaping import Reshape, exchange_data, set_count, shrink
-from sparse_trainer.unit_scores import LossClosure, gate_scores, probing
+from sparse_trainer.unit_moves import choose_moves, move
+from sparse_trainer.unit_reshaping import Reshape, exchange_data, nothing_else, set_count, shrink
+from sparse_trainer.unit_scores import LossClosure, Scores, gate_scores, probing
 from sparse_trainer.units import UnitGroup, find_blocks, keep
 
 
@@ -305,18 +306,21 @@ class UnitSwaps:
         drop_fraction: float,
         *,
         optimizer: Optimizers,
-        ema: Mapping[str, Tensor],
+        ema: nn.Module | None,
         masks: Mapping[str, Tensor],
+        others: Reshape = nothing_else,
     ) -> tuple[dict[int, Swap], list[str]]:
         """Probe, choose, swap. Weights, gradients, moments, EMA and biases change together.
 
         Args:
             closure: the loss of one batch, a forward pass without backward.
             masks: weight masks on the compact tensors; a slot keeps its mask, so the budget does not move.
+            others: reshapes what else is kept in the shape of a parameter, where blocks change their size.
 
         Returns:
             the swaps by index into :attr:`groups`, and warnings.
         """
+        moving = self.config.unit_distribution == "global"
         round_up = self.config.unit_counts == "round_up"
         before = dict(self.model.named_parameters())
         frozen = [not all(before[part.name].requires_grad for part in units.group.slices) for units in self.groups]
@@ -324,7 +328,9 @@ class UnitSwaps:
             (0, units.credit) if still else units.due(drop_fraction, round_up=round_up)
             for units, still in zip(self.groups, frozen, strict=True)
         ]
-        probed = [index for index, (count, _) in enumerate(due) if count]
+        probed = [index for index, (count, _) in enumerate(due) if count or (moving and not frozen[index])]
+        if not any(count for count, _ in due):
+            probed = []
         scores = []
         if probed:
             candidates = [(self.groups[i].group, self.groups[i].masked_candidates(masks)) for i in probed]
@@ -335,18 +341,15 @@ class UnitSwaps:
             units.updates += 1
         if not all(score.isfinite() for score in scores):
             return {}, ["a probe batch gave scores that are not finite: no unit was swapped"]
-        parameters = dict(self.model.named_parameters())
-        swaps, undone = {}, []
-        for index, score in zip(probed, scores, strict=True):
-            units = self.groups[index]
-            swap = choose(units, score, due[index][0], parameters, self.config.swap, self.config.probation)
-            if not swap.slots:
-                continue
-            if set(swap.added) == set(units.last.removed) and set(swap.removed) == set(units.last.added):
-                undone.append(f"{units.group.block} ({units.group.kind}s)")
-            seed = self.config.unit_moments == "mean"
-            exchange(units, swap, parameters, optimizer=optimizer, ema=ema, masks=masks, seed_moments=seed)
-            swaps[index] = swap
+        counts = {index: due[index][0] for index in probed}
+        known = {index: self.groups[index].last for index in probed}
+        exchanging = self._move if moving else self._exchange
+        swaps = exchanging(counts, scores, optimizer=optimizer, ema=ema, masks=masks, others=others)
+        undone = [
+            f"{self.groups[index].group.block} ({self.groups[index].group.kind}s)"
+            for index, swap in swaps.items()
+            if set(swap.added) == set(known[index].removed) and set(swap.removed) == set(known[index].added)
+        ]
         warnings = []
         if undone:
             warnings.append(
@@ -355,6 +358,69 @@ class UnitSwaps:
             )
         return swaps, warnings
 
+    def _exchange(
+        self,
+        counts: Mapping[int, int],
+        scores: Sequence[Scores],
+        *,
+        optimizer: Optimizers,
+        ema: nn.Module | None,
+        masks: Mapping[str, Tensor],
+        others: Reshape,
+    ) -> dict[int, Swap]:
+        """Exchange units within each block, as many of a group as ``counts`` says."""
+        parameters = dict(self.model.named_parameters())
+        averages = {n: p.data for n, p in ema.named_parameters(remove_duplicate=False)} if ema is not None else {}
+        swaps = {}
+        for (index, count), score in zip(counts.items(), scores, strict=True):
+            units = self.groups[index]
+            swap = choose(units, score, count, parameters, self.config.swap, self.config.probation)
+            if swap.slots:
+                seed = self.config.unit_moments == "mean"
+                exchange(units, swap, parameters, optimizer=optimizer, ema=averages, masks=masks, seed_moments=seed)
+                swaps[index] = swap
+        return swaps
+
+    def _move(
+        self,
+        counts: Mapping[int, int],
+        scores: Sequence[Scores],
+        *,
+        optimizer: Optimizers,
+        ema: nn.Module | None,
+        masks: Mapping[str, Tensor],
+        others: Reshape,
+    ) -> dict[int, Swap]:
+        """Let units move between blocks, as many of a kind as ``counts`` says in all."""
+        parameters = dict(self.model.named_parameters())
+        by_index = dict(zip(counts, scores, strict=True))
+        swaps = {}
+        for kind in ("head", "neuron"):
+            mine = [index for index in counts if self.groups[index].group.kind == kind]
+            groups = [self.groups[index] for index in mine]
+            floors = [1 if kind == "head" else math.ceil(self.config.floor * units.total) or 1 for units in groups]
+            moves = choose_moves(
+                groups,
+                [by_index[index] for index in mine],
+                sum(counts[index] for index in mine),
+                floors,
+                self.config.swap,
+                self.config.probation,
+            )
+            for index, units, what in zip(mine, groups, moves, strict=True):
+                if what.slots or what.places:
+                    swaps[index] = move(
+                        units,
+                        what,
+                        parameters,
+                        optimizer=optimizer,
+                        ema=ema,
+                        masks=masks,
+                        others=others,
+                        seed_moments=self.config.unit_moments == "mean",
+                    )
+        return swaps
+
     def fresh(self, swaps: Mapping[int, Swap], masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Bool masks over the elements of units that have just come, by parameter name."""
         fresh: dict[str, Tensor] = {}
@@ -362,7 +428,7 @@ class UnitSwaps:
             for part in self.groups[index].group.slices:
                 if part.name in masks:
                     mask = torch.zeros_like(masks[part.name])
-                    part.units(mask)[torch.tensor(swap.slots)] = True
+                    part.units(mask)[torch.tensor(swap.slots, dtype=torch.long)] = True
                     fresh[part.name] = mask
         return fresh
 
@@ -382,22 +448,12 @@ class UnitSwaps:
 def _spread(
     wanted: Sequence[tuple[UnitGroup, int]], scores: Sequence[Tensor], config: SparsityConfig
 ) -> list[list[int]]:
-    """The first live units of each group by score.
-
-    Raises:
-        ValueError: units of different blocks differ in size, so that as many of them are not as large.
-    """
+    """The best units of each group by score: so many of each, or so many in all."""
     if config.unit_distribution == "uniform":
         return [sorted(score.topk(count).indices.tolist()) for (_, count), score in zip(wanted, scores, strict=True)]
     best: list[list[int]] = [[] for _ in wanted]
     for kind in ("head", "neuron"):
         mine = [index for index, (group, _) in enumerate(wanted) if group.kind == kind]
-        sizes = {(wanted[i][0].size, wanted[i][0].writer.weight.shape[0]) for i in mine}
-        if len(sizes) > 1:
-            raise ValueError(
-                f'unit_distribution: "by_score" needs {kind}s of one size, and this model has blocks of different '
-                'widths; give "uniform"'
-            )
         least = [1 if kind == "head" else math.ceil(config.floor * wanted[i][1]) or 1 for i in mine]
         counts = [wanted[i][1] for i in mine]
         for index, units in zip(mine, spread_by_score([scores[i] for i in mine], counts, least), strict=True):

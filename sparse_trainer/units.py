@@ -93,6 +93,10 @@ class BlockUnits:
     heads: UnitGroup
     neurons: UnitGroup
 
+    @property
+    def groups(self) -> tuple[UnitGroup, UnitGroup]:
+        return self.heads, self.neurons
+
 
 def find_blocks(model: nn.Module) -> dict[str, BlockUnits]:
     """The blocks of a timm ``VisionTransformer`` by name, in order.

@@ -47,6 +47,7 @@ FLOORS = {
         "unit_choice": 3,
         "unit_exchange": 2,
         "unit_reshaping": 2,
+        "unit_moves": 3,
         "unit_swaps": 4,
         "growth_gradient": 2,
         "weight_choice": 2,

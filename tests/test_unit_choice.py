@@ -225,8 +225,8 @@ def test_blocks_of_different_sizes(tiny_deit: Factory, tiny_batch: tuple[Tensor,
 def test_by_score_is_refused_where_it_cannot_be() -> None:
     with pytest.raises(ValueError, match='unit_distribution: "by_score" needs start: "score"'):
         SparsityConfig(head_density=0.5, unit_distribution="by_score")
-    with pytest.raises(ValueError, match="unit_distribution: 'global' is not one of uniform, by_score"):
-        SparsityConfig(head_density=0.5, unit_distribution="global")
+    with pytest.raises(ValueError, match="unit_distribution: 'everywhere' is not one of uniform, by_score, global"):
+        SparsityConfig(head_density=0.5, unit_distribution="everywhere")
 
 
 @pytest.mark.parametrize("density", [None, 0.3])

@@ -15,6 +15,9 @@ FLAT = 0.75
 """The curve is flat if, in the mean over the seeds, it rises by less than the spread between them after this share of
 the run."""
 
+FALLS = 0.05
+"""Share by which MACs in training differ from those at the end where a budget falls; thresholds move a little too."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -25,6 +28,7 @@ class Outcome:
     curve: tuple[tuple[int, float], ...]  #: (step, top-1)
     live_parameters: int
     macs: float  #: mean of one image, of live weights and kept tokens
+    training_macs: float | None = None  #: the same, in the mean over the steps; None where nobody noted it
 
 
 def read_outcome(folder: Path) -> Outcome | None:
@@ -44,7 +48,16 @@ def read_outcome(folder: Path) -> Outcome | None:
         curve=tuple(curve),
         live_parameters=int(values["budget/live_parameters"][-1][1]),
         macs=values["budget/macs"][-1][1],
+        training_macs=mean_over_steps(values["budget/macs"], curve[-1][0]),
     )
+
+
+def mean_over_steps(points: Sequence[tuple[int, float]], end: int) -> float:
+    """The mean over all steps up to ``end`` of what holds from one point to the next."""
+    later = [step for step, _ in points[1:]] + [end]
+    spans = [(next_step - step, value) for (step, value), next_step in zip(points, later, strict=True)]
+    total = sum(span for span, _ in spans)
+    return sum(span * value for span, value in spans) / total if total else points[-1][1]
 
 
 def summarize(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str) -> list[dict[str, Any]]:
@@ -72,10 +85,12 @@ def summarize(outcomes: Mapping[str, Mapping[int, Outcome]], baseline: str) -> l
             "loss": loss,
             "live_parameters": next(iter(found.values())).live_parameters,
             "macs": statistics.mean(outcome.macs for outcome in found.values()),
+            "training_macs": statistics.mean(outcome.training_macs or outcome.macs for outcome in found.values()),
             "curves": [outcome.curve for outcome in found.values()],
         }
         if base:
             row["macs_ratio"] = row["macs"] / next(iter(base.values())).macs
+            row["training_macs_ratio"] = row["training_macs"] / next(iter(base.values())).macs
             row["live_ratio"] = row["live_parameters"] / next(iter(base.values())).live_parameters
         if entry != baseline:
             row |= differences(found, base)
@@ -188,6 +203,8 @@ def to_markdown(name: str, report: Mapping[str, Any]) -> str:
         f"Differences are to `{baseline}` and paired by seed, with a 95 % interval (Student's t). Live parameters and "
         f"MACs are shares of those of `{baseline}`; MACs are those of live weights and kept tokens, mean of one image."
     )
+    if falls_in(rows):
+        lines[-1] += " Those of training are the mean over its steps, by which the table is sorted."
     lines += ["", *_table(report)]
     if report["pairs"]:
         lines += ["", "Other pairs:", "", "| | less | seeds | top-1 | loss |", "|---|---|---|---|---|"]
@@ -224,12 +241,17 @@ def to_markdown(name: str, report: Mapping[str, Any]) -> str:
 def _table(report: Mapping[str, Any]) -> list[str]:
     """One line for each entry."""
     measured = report["speeds"].get("entries", {})
+    falls = falls_in(report["rows"])
     lines = [
         "| | seeds | top-1 | difference | loss | difference | live | MACs |"
+        + " in training |" * falls
         + " step time | throughput |" * bool(measured),
-        "|---|---|---|---|---|---|---|---|" + "---|---|" * bool(measured),
+        "|---|---|---|---|---|---|---|---|" + "---|" * falls + "---|---|" * bool(measured),
     ]
-    for row in report["rows"]:
+    rows = list(report["rows"])
+    if falls:
+        rows.sort(key=lambda row: float(row.get("training_macs_ratio", 1)))
+    for row in rows:
         spread = f" ± {row['top1_spread']:.2f}" if row["top1_spread"] is not None else ""
         seeds = str(row["seeds"])
         if row.get("paired_seeds", row["seeds"]) < row["seeds"]:
@@ -239,11 +261,19 @@ def _table(report: Mapping[str, Any]) -> list[str]:
             f"{_difference(row, '', 2)} | {row['loss_mean']:.3f} | {_difference(row, 'loss_', 3)} | "
             f"{100 * row.get('live_ratio', 1):.0f} % | {100 * row.get('macs_ratio', 1):.0f} % |"
         )
+        if falls:
+            line += f" {100 * row.get('training_macs_ratio', 1):.0f} % |"
         if measured:
             speed = measured.get(row["entry"])
             line += f" {speed['step_ratio']:.2f} | {speed['throughput_ratio']:.2f} |" if speed else " | |"
         lines.append(line)
     return lines
+
+
+def falls_in(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the MACs of some entry were others during its training than in the end; the table is then sorted by
+    what training took."""
+    return any(abs(row.get("training_macs", row["macs"]) / row["macs"] - 1) > FALLS for row in rows)
 
 
 def _label(report: Mapping[str, Any], entry: str) -> str:

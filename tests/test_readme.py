@@ -54,7 +54,7 @@ def test_the_commands_of_the_quick_start(
     for word in (
         "accuracy",
         "live parameters",
-        "% asked of training",
+        "patches kept",
         "sparse file",
         "written to",
         "tensorboard --logdir runs",

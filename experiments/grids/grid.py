@@ -43,6 +43,7 @@ import yaml
 
 from experiments.benchmarks.timing import use_threads
 from experiments.config import yaml_text
+from experiments.config.reading import find_config
 from experiments.errors import ConfigError
 from experiments.grids.chance import measure_chance
 from experiments.grids.memory import digest, recall, remember
@@ -69,8 +70,9 @@ class Grid:
     pairs: tuple[tuple[str, str], ...] = ()  #: entries that are compared with each other beside the baseline
 
     def digest(self, entry: str) -> str:
-        """Of all settings that an entry has."""
-        return digest({"recipe": self.recipe, "common": dict(self.common), "entry": dict(self.entries[entry])})
+        """Of all settings that an entry has, those of the recipe included."""
+        recipe = yaml_text.load(find_config(self.recipe).read_text(encoding="utf-8"))
+        return digest({"recipe": recipe, "common": dict(self.common), "entry": dict(self.entries[entry])})
 
     def needs(self, entry: str) -> set[str]:
         """The entries whose runs this one starts from or learns from."""

@@ -8,9 +8,8 @@ from dataclasses import replace
 import torch
 from torch.nn import functional as F
 
-from experiments.benchmarks.setting import Setting, Weights, make_batch, make_model, training_step
+from experiments.benchmarks.setting import Setting, Weights, make_batch, make_model, make_scheduler, training_step
 from experiments.benchmarks.timing import Figure, summarize, timed
-from sparse_trainer import SparsityConfig, SparsityScheduler
 from sparse_trainer.kernels.masking import mask_gradient, masking_library
 
 
@@ -23,8 +22,7 @@ def benchmark_overhead(setting: Setting, weights: Weights) -> list[Figure]:
     """
     device = setting.on
     model = make_model(setting).train()
-    config = SparsityConfig(density=weights.density, pattern=weights.pattern, updates=0)
-    scheduler = SparsityScheduler(model, config, total_steps=10**7)
+    scheduler = make_scheduler(model, weights, total_steps=10**7, updates=0)
     # One model, one optimizer and one batch for both: the only difference is whether the scheduler is attached.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     attached: list[bool] = []
@@ -73,9 +71,7 @@ def benchmark_overhead(setting: Setting, weights: Weights) -> list[Figure]:
 def _update_seconds(setting: Setting, weights: Weights) -> float:
     """Median time of one update: every step updates."""
     model = make_model(setting).train()
-    scheduler = SparsityScheduler(
-        model, SparsityConfig(density=weights.density, pattern=weights.pattern, update_every=1), total_steps=1000
-    )
+    scheduler = make_scheduler(model, weights, total_steps=1000, update_every=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     scheduler.attach(optimizer)
     images, targets = make_batch(replace(setting, batch_size=2))

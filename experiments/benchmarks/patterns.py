@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,9 +16,11 @@ from experiments.benchmarks.onnx import CPU, REST, WARMUP
 from experiments.benchmarks.setting import (
     Setting,
     Structure,
+    Weights,
     classifier,
     inference,
     make_model,
+    make_scheduler,
     make_small,
     textured_images,
     threshold_selector,
@@ -29,7 +30,7 @@ from experiments.config.reading import naming
 from experiments.errors import ConfigError
 from experiments.exports.onnx import build_onnx, onnx_session, require_onnx, run_onnx
 from models import tokens_per_block
-from sparse_trainer import SparsityConfig, SparsityScheduler, accelerate, flops
+from sparse_trainer import accelerate, flops
 from sparse_trainer.kernels.accelerate import KERNELS, describe_choices
 from sparse_trainer.patterns import read_pattern
 from sparse_trainer.units import find_blocks
@@ -145,10 +146,8 @@ def _masked(
     model = make_small(setting, kept, selector).eval()
     masks: dict[str, Tensor] = {}
     if density < 1:
-        with naming("densities"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "pattern: .* does not divide")
-            config = SparsityConfig(density=density, pattern=pattern, updates=0)
-            masks = SparsityScheduler(model, config, total_steps=1).masks
+        with naming("densities"):
+            masks = make_scheduler(model, Weights(density, pattern), total_steps=1, updates=0).masks
     if selector is not None:
         calibrate(model, images, kept.tokens, classifier(model, replace(setting, compile=False)))
     return model, masks

@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from experiments.benchmarks.setting import Setting, Weights, make_model, training_step
+from experiments.benchmarks.setting import Setting, Weights, make_model, make_scheduler, training_step
 from experiments.benchmarks.timing import Figure, paired
 from experiments.errors import ConfigError
 from models import resolve
-from sparse_trainer import SparsityConfig, SparsityScheduler, flops
+from sparse_trainer import SparsityScheduler, flops
 from sparse_trainer.files.checkpoint import SparseInfo, load_sparse, read_sparse, save_resume, save_sparse
 
 State = dict[str, Tensor]
@@ -74,8 +74,7 @@ def benchmark_save(setting: Setting, weights: Weights, place: Place) -> list[Fig
     """
     model = make_model(setting).train()
     dense = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
-    config = SparsityConfig(density=weights.density, pattern=weights.pattern, update_every=10**6)
-    scheduler = SparsityScheduler(model, config, total_steps=10**7)
+    scheduler = make_scheduler(model, weights, total_steps=10**7, update_every=10**6)
     with tempfile.TemporaryDirectory(dir=place.folder) as folder:
         return [
             *_files(Path(folder), setting, model, scheduler, dense),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from experiments.errors import ConfigError
 from experiments.evaluation.precision import narrow, precision_context
 from experiments.training.losses import distillation_loss
 from models import create_model
-from sparse_trainer import flops
+from sparse_trainer import SparsityConfig, SparsityScheduler, flops
 from sparse_trainer.patterns import read_pattern
 from sparse_trainer.units import compact, find_blocks
 
@@ -113,6 +114,18 @@ class Weights:
         check_shares(self, "density")
         with naming("pattern"):
             read_pattern(self.pattern)
+
+
+def make_scheduler(model: nn.Module, weights: Weights, *, total_steps: int, **options: Any) -> SparsityScheduler:
+    """A scheduler of weight masks; that a classifier keeps single weights is no news in a benchmark.
+
+    Args:
+        options: others of :class:`SparsityConfig`.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "pattern: .* does not divide")
+        config = SparsityConfig(density=weights.density, pattern=weights.pattern, **options)
+        return SparsityScheduler(model, config, total_steps=total_steps)
 
 
 def make_model(setting: Setting, selector: dict[str, Any] | None = None) -> nn.Module:

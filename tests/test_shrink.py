@@ -90,16 +90,18 @@ def test_where_no_token_can_be_dropped_units_do_it_all(tiny_deit: Factory) -> No
     plan = make_plan(model, Target(macs=0.6, density=0.3), no_clock, no_images)
     assert (plan.macs_target, plan.density) == (None, 0.3)
     assert plan.units_macs == pytest.approx(0.6, abs=0.004)
-    assert plan.sections()["sparsity"]["unit_distribution"] == "by_score"
-    assert plan.sections()["selector"] is None
-    assert plan.sections()["sparsity"]["density"] == 0.3
+    assert plan.sections(100)["sparsity"]["unit_distribution"] == "by_score"
+    assert plan.sections(100)["selector"] is None
+    assert plan.sections(100)["sparsity"]["density"] == 0.3
 
 
 def test_weights_alone_need_no_unit(tiny_deit: Factory) -> None:
     plan = make_plan(tiny_deit(), Target(density=0.2), no_clock, no_images)
     assert plan == Plan(density=0.2)
-    assert plan.sections() == {
-        "sparsity": {"density": 0.2, "start": "score"},
+    assert plan.sections(10)["sparsity"]["updates"] == 7  # as many as there is time for
+    assert plan.sections(2)["sparsity"] == {"density": 0.2, "start": "score", "updates": 0}  # at once
+    assert plan.sections(100) == {
+        "sparsity": {"density": 0.2, "start": "score", "initial_density": 1.0, "updates": 20},
         "selector": None,
         "losses": {"macs_target": None},
     }

@@ -27,6 +27,7 @@ from experiments.shrinking.dense import images_for, latency_share, model_config,
 from experiments.shrinking.plan import Plan, Target, make_plan
 from experiments.shrinking.source import Source, find_source
 from experiments.terminal import create_console, print_table, run_command
+from experiments.training.plan import create_plan
 from sparse_trainer.files.whole_file import write_atomically
 
 RECIPE = "shrink"
@@ -110,6 +111,7 @@ def _shrink(arguments: list[str]) -> int:
             data = create_data(config.data, device=config.training.device, seed=config.training.seed)
         except OSError as error:
             raise ValueError(f"cannot be read: {error}") from error
+    total_steps = create_plan(config, data.steps_per_epoch()).total_steps
     network = open_dense(request.source, config, data)
     measure_latency = latency_share(network, data, device, config.training.amp)
     plan = make_plan(network.model, request.target, measure_latency, lambda: next(iter(data.train.batches(0)))[0].cpu())
@@ -120,7 +122,7 @@ def _shrink(arguments: list[str]) -> int:
     write_card(folder.sparse, config.data)
     write_atomically(folder.config, [to_yaml(config).encode()])
     written = folder.path / "plan.yaml"
-    write_atomically(written, [_plan_text(config, request.source, plan, folder).encode()])
+    write_atomically(written, [_plan_text(config, request.source, plan, folder, total_steps).encode()])
 
     dense = evaluate(folder.sparse, config.data, device=device, amp=config.training.amp)
     _show_plan(console, plan, written, dense.measured.metrics, dense.macs, network.notes)
@@ -142,7 +144,7 @@ def _word(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name.partition(".")[0]).strip("-") or "model"
 
 
-def _plan_text(config: RunConfig, source: Source, plan: Plan, dense: RunFolder) -> str:
+def _plan_text(config: RunConfig, source: Source, plan: Plan, dense: RunFolder, total_steps: int) -> str:
     """The configuration of the run, as a file to be edited."""
     values: dict[str, Any] = yaml.safe_load(to_yaml(config))
     values["recipe"] = RECIPE
@@ -152,7 +154,7 @@ def _plan_text(config: RunConfig, source: Source, plan: Plan, dense: RunFolder) 
         "pretrained": False,
         "kwargs": dict(source.kwargs) | config.model.kwargs,
     }
-    sections = plan.sections()
+    sections = plan.sections(total_steps)
     values |= {"sparsity": sections["sparsity"], "selector": sections["selector"]}
     values["losses"] |= {**sections["losses"], "teacher": str(dense.sparse)}
     return f"# What goes of {source.name}, and how the rest trains; made by sparse-trainer shrink, to be edited.\n" + (
@@ -178,7 +180,12 @@ def _show_plan(
         where = ", ".join(map(str, plan.stages))
         rows.append(("tokens", f"dropped before blocks {where}, so that {plan.macs_target:.1%} of the MACs are left"))
     if plan.density is not None:
-        rows.append(("weights", f"{plan.density:.1%} stay live, the greatest; the file is smaller, the time the same"))
+        rows.append(
+            (
+                "weights",
+                f"{plan.density:.1%} stay live in the end; the budget falls over the first half of the training",
+            )
+        )
     rows.append(("plan", str(written)))
     print_table(console, "the plan", rows)
 

@@ -15,7 +15,7 @@ from experiments.benchmarks.inference import calibrate
 from experiments.errors import ConfigError
 from models import SelectorConfig
 from models.sparse_deit import add_selector
-from sparse_trainer import flops
+from sparse_trainer import SparsityConfig, flops
 from sparse_trainer.budget import count_units
 from sparse_trainer.units import compact, find_blocks
 
@@ -29,6 +29,11 @@ LEAST_KEPT = 0.3
 """Of the patches that reach a stage."""
 PUBLISHED_GMACS, PUBLISHED_WEIGHT = 4.6, 2.0
 """Of the network for which AS-ViT weighs its loss on the MACs, and that weight."""
+
+
+UPDATES = 20
+"""Of the masks, in a run that makes a network small."""
+STOP_AT = SparsityConfig().stop_at
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,15 @@ class Plan:
     density: float | None = None
     macs_weight: float = PUBLISHED_WEIGHT
 
-    def sections(self) -> dict[str, Any]:
-        """The sections of a run's configuration that say so, as plain values."""
+    def sections(self, total_steps: int) -> dict[str, Any]:
+        """The sections of a run's configuration that say so, as plain values.
+
+        Weights come down to their density over the first half of the run, heads and neurons go at once: what each was
+        worth is in ``experiments/results/shrink.md``.
+
+        Args:
+            total_steps: optimizer steps of the run.
+        """
         structured = self.head_density < 1 or self.neuron_density < 1
         sparsity: dict[str, Any] | None = None
         if structured or self.density is not None:
@@ -75,7 +87,10 @@ class Plan:
             if structured:
                 sparsity |= {"head_density": self.head_density, "neuron_density": self.neuron_density}
                 sparsity |= {"unit_distribution": "by_score"}
-            if self.density is None:
+            updates = min(UPDATES, int(STOP_AT * total_steps) - 1)
+            if self.density is not None and updates > 0:
+                sparsity |= {"initial_density": 1.0, "updates": updates}
+            else:
                 # The best by score go on from the first step; to swap them costs what they have learned.
                 sparsity |= {"updates": 0}
         selector: dict[str, Any] | None = None

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from experiments.errors import ConfigError
+from experiments.inspection.compare import Comparison, add, overlap
 from experiments.inspection.panels import kind_of, lanes_of, spread
 from experiments.inspection.plot import draw, save
 from experiments.inspection.run import Run, read_run
@@ -195,3 +199,19 @@ def test_names_keep_apart() -> None:
         found = spread(places, 0.1)
         assert all(second - first >= 0.1 - 1e-9 for first, second in itertools.pairwise(found))
         assert found[-1] <= 1
+
+
+def test_what_two_runs_share_by_hand(run: Run, tmp_path: Path) -> None:
+    """Live in the first 2 of 4 and in the second 2 of 4, one in both: a third of those in either; at random as many."""
+    layers = {
+        "blocks.0.mlp.fc1.weight": overlap(torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([1, 0, 1, 0]).bool()),
+        "head.weight": overlap(torch.tensor([1, 1, 0, 0]).bool(), torch.tensor([1, 1, 0, 0]).bool()),
+    }
+    found = cast(Comparison, SimpleNamespace(layers=layers, total=add(layers.values())))
+    figure = draw([run, run], found)
+    axes = figure.axes[-1]
+    assert [bar.get_height() for bar in axes.patches] == pytest.approx([1 / 3, 1])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["blocks.0.mlp.fc1", "head"]
+    assert axes.get_title("right") == "all layers 60.0%, at random 33.3%"
+    assert save([run, run], tmp_path / "two.png", found)[-1] == "Weights live in both runs"
+    assert "Weights live in both runs" not in save([run], tmp_path / "one.png")

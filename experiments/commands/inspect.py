@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -180,6 +181,17 @@ def _compare(a: Subject, b: Subject, as_json: bool, console: Console) -> int:
     return 0
 
 
+def _shared(subjects: Sequence[Subject]) -> compare.Comparison | None:
+    """What two runs have in common, where both have a checkpoint and their dense networks are the same."""
+    checkpoints = [subject.checkpoint for subject in subjects if subject.checkpoint is not None]
+    if len(checkpoints) != 2:
+        return None
+    a, b = map(contents.read_contents, checkpoints)
+    with contextlib.suppress(ConfigError):  # they differ in shape: there is nothing to lay over each other
+        return compare.compare(a, b)
+    return None
+
+
 def _plot(subjects: Sequence[Subject], file: Path, as_json: bool, console: Console) -> int:
     runs = []
     for subject in subjects:
@@ -192,7 +204,7 @@ def _plot(subjects: Sequence[Subject], file: Path, as_json: bool, console: Conso
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
         raise ConfigError("--plot: needs matplotlib: pip install 'sparse-trainer[plot]'") from error
-    panels = plot.save(runs, file)
+    panels = plot.save(runs, file, _shared(subjects))
     if as_json:
         print(_dump({"kind": "plot", "plot": str(file), "panels": panels, "runs": [run.to_json(r) for r in runs]}))
     else:

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from experiments.errors import ConfigError
+from experiments.inspection import overlap_panel
+from experiments.inspection.compare import Comparison
 from experiments.inspection.panels import HEADS, HEIGHT, ORDER, TEXT, End, label_ends, lanes_of, panels, plain
 from experiments.inspection.run import Run
 
@@ -21,8 +23,11 @@ HEAD = (0.42, 0.6)  #: of the heading above one run and above several
 LANE = 0.085  #: of one head
 
 
-def save(runs: Sequence[Run], file: Path) -> list[str]:
+def save(runs: Sequence[Run], file: Path, shared: Comparison | None = None) -> list[str]:
     """Draw one run, or several side by side, and write the picture; returns the titles of its panels.
+
+    Args:
+        shared: what the masks of two runs have in common, for a panel below theirs.
 
     Raises:
         ConfigError: the file's suffix is none that can be drawn, it cannot be written, or a run has no history.
@@ -32,7 +37,7 @@ def save(runs: Sequence[Run], file: Path) -> list[str]:
     for run in runs:
         if not panels(run):
             raise ConfigError(f"--plot: {run.folder.path} has recorded nothing yet that could be drawn")
-    figure = draw(runs)
+    figure = draw(runs, shared)
     # In memory first, so that no half of a picture is left where the disk is full.
     content = io.BytesIO()
     figure.savefig(content, format=file.suffix[1:].lower(), dpi=DPI)
@@ -40,10 +45,11 @@ def save(runs: Sequence[Run], file: Path) -> list[str]:
         file.write_bytes(content.getvalue())
     except OSError as error:
         raise ConfigError(f"--plot: cannot write {file}: {error.strerror or error}") from error
-    return list(dict.fromkeys(title for run in runs for title in panels(run)))
+    own = [title for run in runs for title in panels(run)]
+    return list(dict.fromkeys([*own, *([overlap_panel.TITLE] if shared is not None else [])]))
 
 
-def draw(runs: Sequence[Run]) -> Figure:
+def draw(runs: Sequence[Run], shared: Comparison | None = None) -> Figure:
     """The figure: one run in two columns of panels, several runs in a column each, on the same scales."""
     found = [panels(run) for run in runs]
     titles = [title for title in ORDER if any(title in panel for panel in found)]
@@ -57,11 +63,13 @@ def draw(runs: Sequence[Run]) -> Figure:
     if HEADS in titles:
         rows.append([HEADS])
         heights.append(min(7.0, max(1.3, 0.75 + LANE * max(len(lanes_of(run)) for run in runs))))
+    if shared is not None:
+        heights.append(HEIGHT * 1.4)
     figure = Figure(figsize=(WIDTH, sum(heights)), facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.09, h_pad=0.06, wspace=0.03, hspace=0.03)
     grid = figure.add_gridspec(len(heights), max(len(runs), *(len(row) for row in rows)), height_ratios=heights)
     ends: list[tuple[Axes, Sequence[End]]] = []
-    shared: dict[str, Axes] = {}
+    scales: dict[str, Axes] = {}
     for number, (run, panel) in enumerate(zip(runs, found, strict=True)):
         own = slice(None) if len(runs) == 1 else number
         _write_heading(figure.add_subplot(grid[0, own]), run, lines=1 if len(runs) == 1 else 2)
@@ -70,12 +78,17 @@ def draw(runs: Sequence[Run]) -> Figure:
             for column, title in enumerate(row):
                 if title in panel:
                     place = grid[line, column if len(row) > 1 else own]
-                    axes = figure.add_subplot(place, sharey=shared.get(title) if title != HEADS else None)
-                    shared.setdefault(title, axes)
+                    axes = figure.add_subplot(place, sharey=scales.get(title) if title != HEADS else None)
+                    scales.setdefault(title, axes)
                     axes.set_title(title, loc="left", fontsize=TEXT + 1, fontweight="bold")
                     axes.set_xlim(0, max(run.step, 1))
                     ends.append((axes, panel[title](axes)))
                     _finish(axes, last=row is drawn[-1])
+    if shared is not None:
+        axes = figure.add_subplot(grid[len(heights) - 1, :])
+        axes.set_title(overlap_panel.TITLE, loc="left", fontsize=TEXT + 1, fontweight="bold")
+        overlap_panel.draw(shared, axes)
+        _finish_frame(axes)
     # Only now, because a later run may have changed the scale that it shares.
     for axes, lines in ends:
         label_ends(axes, lines)
@@ -83,12 +96,16 @@ def draw(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def _finish(axes: Axes, *, last: bool) -> None:
-    axes.tick_params(labelsize=TEXT, color="#888888", length=3)
+def _finish_frame(axes: Axes) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("bottom", "left"):
         axes.spines[side].set_color("#888888")
+
+
+def _finish(axes: Axes, *, last: bool) -> None:
+    axes.tick_params(labelsize=TEXT, color="#888888", length=3)
+    _finish_frame(axes)
     axes.yaxis.label.set_fontsize(TEXT)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))

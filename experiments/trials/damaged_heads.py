@@ -38,6 +38,7 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "always": {"swap": "always", "probation": 0},
     "if_better": {"swap": "if_better", "probation": 0},
     "explore": {"swap": "explore", "probation": 2},
+    "explore, between blocks": {"swap": "explore", "probation": 2, "unit_distribution": "global"},
 }
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -440,6 +440,12 @@ PATCH = "patch_embed.proj.weight"
         (set_in("model", "args", "num_classes", value=1 << 24), "head.weight: expected floating"),
         (set_in("model", "args", "img_size", value=1 << 13), "pos_embed: expected floating"),
         (set_in("model", "args", "img_size", value=1 << 14), "img_size: expected 1 to 8192 pixels"),
+        (
+            set_in("input", "preparation", value={"interpolation": "sharp", "shell": "rm"}),
+            r"preparation.interpolation: expected one of bilinear.*preparation: expected keys among interpolation",
+        ),
+        (set_in("input", "preparation", value={"crop_pct": 0}), r"preparation.crop_pct: expected a share up to 1"),
+        (set_in("input", "preparation", value=[1]), "preparation: expected a mapping"),
         (set_in("input", "image_size", value=[64, 64]), r"image_size: expected \(16, 16\), as the model takes, found"),
         (
             set_in("input", value={"image_size": 16, "in_chans": 3, "mean": [0] * 3, "std": [1] * 3}),

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from experiments.__main__ import main
+from experiments.evaluation.evaluate_checkpoint import data_of
+from sparse_trainer import read_info
 from tests.test_cli import last_line
 from tests.test_folders import SHORT, two_classes
 
@@ -71,6 +73,29 @@ def test_it_sees_what_the_evaluation_sees(selector: str, runs: Path, capsys: pyt
     small = predict(capsys, runs / selector / "sparse.safetensors", images, "--batch-size=3")
     for left, other in zip(found["images"], small["images"], strict=True):
         assert left["classes"][0]["share"] == pytest.approx(other["classes"][0]["share"], abs=1e-5)
+
+
+def test_a_file_that_was_moved_away_from_its_run(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """How pictures are brought to their size is in the file, not in the folder around it."""
+    options = ["--selector=null", "--sparsity=null", "--training.steps=2", "--data.fit=pad", "--data.crop_pct=0.7"]
+    options += ["--data.interpolation=nearest", "--model.kwargs={embed_dim: 16, depth: 1, num_heads: 2, patch_size: 4}"]
+    where = [f"--data.root={runs / 'images'}", f"--output.runs={tmp_path}", "--output.name=padded"]
+    assert main(["train", *SHORT, *options, *where]) == 0
+    inside = tmp_path / "padded" / "sparse.safetensors"
+    alone = tmp_path / "elsewhere" / "alone.safetensors"
+    alone.parent.mkdir()
+    alone.write_bytes(inside.read_bytes())
+    info = read_info(alone)
+    expected = {"interpolation": "nearest", "crop_pct": 0.7, "fit": "pad", "white_level": None}
+    assert dict(info.preparation) == expected
+    data = data_of(alone, info)
+    assert (data.interpolation, data.crop_pct, data.fit) == ("nearest", 0.7, "pad")
+    wide = tmp_path / "wide.png"
+    Image.fromarray(np.tile(np.arange(90, dtype=np.uint8), (30, 1))).save(wide)
+    shares = [predict(capsys, file, wide)["images"][0]["classes"] for file in (inside, alone)]
+    assert shares[0] == shares[1]
 
 
 def test_files_as_people_have_them(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

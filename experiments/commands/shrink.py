@@ -118,7 +118,7 @@ def _shrink(arguments: list[str]) -> int:
 
     name = config.output.name or f"{RECIPE}-{_word(request.source.name)}"
     folder = create_run_folder(dataclasses.replace(config.output, name=None), f"{name}-{DENSE}")
-    save_dense(folder.sparse, network, data, RECIPE)
+    save_dense(folder.sparse, network, data, config.data, RECIPE)
     write_card(folder.sparse, config.data)
     write_atomically(folder.config, [to_yaml(config).encode()])
     written = folder.path / "plan.yaml"

@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from experiments.data.augmentation import Augmentation
 
@@ -111,6 +111,11 @@ class DataConfig:
     mixup_switch_prob: float = 0.5
     """Probability of cutmix where both are on."""
     label_smoothing: float = 0.0
+
+    @property
+    def preparation(self) -> dict[str, Any]:
+        """How a picture is brought to its size, for a checkpoint to say."""
+        return {key: getattr(self, key) for key in ("interpolation", "crop_pct", "fit", "white_level")}
 
     def __post_init__(self) -> None:
         if self.root is not None:

@@ -24,7 +24,14 @@ from sparse_trainer.kernels.accelerate import accelerate, describe_choices
 
 
 def data_of(checkpoint: Path, info: SparseInfo) -> DataConfig:
-    """The data that a checkpoint was trained on: of its run folder, else of its recipe, else the embedded set."""
+    """The data that a checkpoint was trained on: of its run folder, else of its recipe, else the embedded set.
+
+    How pictures are brought to their size the checkpoint itself says, where it does.
+    """
+    return dataclasses.replace(_known_data(checkpoint, info), **info.preparation)
+
+
+def _known_data(checkpoint: Path, info: SparseInfo) -> DataConfig:
     for folder in checkpoint.resolve().parents[:2]:
         if (folder / "config.yaml").is_file():
             return load_config(folder / "config.yaml").data

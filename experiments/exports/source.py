@@ -81,6 +81,9 @@ def open_source(path: Path, dtype: torch.dtype | None) -> Source:
 
 def images_of(source: Source) -> tuple[str, float, list[str]]:
     """Interpolation and crop of the images that the checkpoint was made for; a note where they are a guess."""
+    said = source.info.preparation
+    if {"interpolation", "crop_pct"} <= set(said):
+        return said["interpolation"], said["crop_pct"], []
     try:
         data, notes = data_of(source.path, source.info), []
     except ConfigError:

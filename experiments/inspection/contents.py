@@ -242,7 +242,13 @@ def to_json(contents: Contents) -> dict[str, Any]:
         "model": info.model,
         "model_args": dict(info.model_args),
         "selector": None if info.selector is None else dict(info.selector),
-        "input": {"image_size": info.image_size, "in_chans": info.in_chans, "mean": info.mean, "std": info.std},
+        "input": {
+            "image_size": info.image_size,
+            "in_chans": info.in_chans,
+            "mean": info.mean,
+            "std": info.std,
+            "preparation": dict(info.preparation),
+        },
         "class_names": info.class_names,
         "parts": [
             {

@@ -174,6 +174,7 @@ def _provenance(contents: Contents) -> list[tuple[str, str]]:
         ("model", f"{info.model}{_settings(info.model_args, ' with ')}"),
         ("token selector", "none" if info.selector is None else _settings(info.selector)),
         ("input", f"{size}, mean {_numbers(info.mean)}, std {_numbers(info.std)}"),
+        ("pictures", _settings(info.preparation)),
         ("classes", "" if info.class_names is None else f"{len(info.class_names):,}: {_some(info.class_names)}"),
         ("made by", f"recipe {info.recipe or '(unnamed)'}, {info.step:,} steps"),
         ("metrics", metrics or "none"),

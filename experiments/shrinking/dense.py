@@ -76,7 +76,7 @@ def model_config(source: Source, given: ModelConfig) -> ModelConfig:
     )
 
 
-def save_dense(path: Path, network: Network, data: Data, recipe: str) -> None:
+def save_dense(path: Path, network: Network, data: Data, config: DataConfig, recipe: str) -> None:
     """Write it as a checkpoint of this project."""
     total = sum(weight.numel() for weight in prunable_weights(network.model).values())
     size = (data.in_chans, data.image_size, data.image_size)
@@ -89,6 +89,7 @@ def save_dense(path: Path, network: Network, data: Data, recipe: str) -> None:
         in_chans=data.in_chans,
         mean=data.mean,
         std=data.std,
+        preparation=config.preparation,
         class_names=data.class_names,
         recipe=recipe,
     )

@@ -78,6 +78,7 @@ def describe(trainer: Trainer, metrics: Mapping[str, float]) -> SparseInfo:
         in_chans=trainer.data.in_chans,
         mean=trainer.data.mean,
         std=trainer.data.std,
+        preparation=trainer.config.data.preparation,
         selector=None if selector is None else selector.to_dict(),
         class_names=trainer.data.class_names,
         step=trainer.step,

@@ -13,6 +13,9 @@ from sparse_trainer.budget import Budget
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*(\.[A-Za-z0-9_]+)?")
 _BLOCK = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
 _WORD = re.compile(r"[A-Za-z0-9_]{0,40}")
+INPUT = ("image_size", "in_chans", "mean", "std")
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest", "lanczos")
+FITS = ("crop", "pad", "squash")
 _MAX_SELECTOR_ITEMS = 64
 _MAX_NUMBER = 1 << 40
 _MAX_PIXELS = 1 << 13
@@ -35,6 +38,8 @@ class SparseInfo:
     mean: tuple[float, ...]  #: of the input normalisation, one per channel
     std: tuple[float, ...]
     model_args: Mapping[str, Any] = field(default_factory=dict)  #: keyword arguments of the model factory
+    #: How a picture is brought to its size: ``interpolation``, ``crop_pct``, ``fit``, ``white_level``, as far as known.
+    preparation: Mapping[str, Any] = field(default_factory=dict)
     selector: Mapping[str, Any] | None = None  #: the token selector's configuration
     class_names: tuple[str, ...] | None = None
     step: int = 0  #: optimizer steps done
@@ -112,6 +117,15 @@ class SparseInfo:
         check(_is_int(self.in_chans, 1, 4096), "in_chans", "a whole number from 1", self.in_chans)
         check(per_channel(self.mean, -1e6), "mean", f"{self.in_chans!r:.40} numbers", self.mean)
         check(per_channel(self.std, 1e-12), "std", f"{self.in_chans!r:.40} positive numbers", self.std)
+        if isinstance(self.preparation, Mapping):
+            for key, value in self.preparation.items():
+                known = isinstance(key, str) and key in _PREPARATION
+                check(known, "preparation", f"keys among {', '.join(_PREPARATION)}", key)
+                if known:
+                    holds, expected = _PREPARATION[key]
+                    check(holds(value), f"preparation.{key}", expected, value)
+        else:
+            check(False, "preparation", "a mapping", self.preparation)
         check(
             self.class_names is None
             or (isinstance(self.class_names, tuple) and all(_is_text(name) for name in self.class_names)),
@@ -153,6 +167,7 @@ class SparseInfo:
                 "in_chans": self.in_chans,
                 "mean": self.mean,
                 "std": self.std,
+                **({"preparation": dict(self.preparation)} if self.preparation else {}),
             },
             "class_names": self.class_names,
             "provenance": {"step": self.step, "recipe": self.recipe, "metrics": dict(self.metrics)},
@@ -165,17 +180,19 @@ class SparseInfo:
         Raises:
             ValueError: if a key is missing or unknown, or a value is not what it should be.
         """
-        keys = {
+        keys: dict[str, tuple[str, ...] | None] = {
             "model": ("name", "args"),
             "live_heads": None,
             "live_neurons": None,
             "selector": None,
             "budget": ("live", "total"),
             "macs": None,
-            "input": ("image_size", "in_chans", "mean", "std"),
+            "input": INPUT,
             "class_names": None,
             "provenance": ("step", "recipe", "metrics"),
         }
+        if isinstance(metadata.get("input"), Mapping) and "preparation" in metadata["input"]:  # older files have none
+            keys["input"] = (*INPUT, "preparation")
         _require_keys("metadata", metadata, keys)
         for key, inner in keys.items():
             if inner is not None:
@@ -194,6 +211,7 @@ class SparseInfo:
             in_chans=image["in_chans"],
             mean=image["mean"],
             std=image["std"],
+            preparation=image.get("preparation", {}),
             class_names=metadata["class_names"],
             step=provenance["step"],
             recipe=provenance["recipe"],
@@ -268,6 +286,13 @@ def _real(low: float, high: float) -> tuple[Callable[[object], bool], str]:
 _flag = (lambda value: isinstance(value, bool)), "true or false"
 _size = _pair_or_int, f"1 to {_MAX_PIXELS} pixels, one number or two"
 _word = (lambda value: isinstance(value, str) and bool(_WORD.fullmatch(value))), "a plain word"
+
+_PREPARATION: dict[str, tuple[Callable[[object], bool], str]] = {
+    "interpolation": (lambda value: value in INTERPOLATIONS, f"one of {', '.join(INTERPOLATIONS)}"),
+    "crop_pct": (lambda value: _is_number(value, 1e-3, 1.0), "a share up to 1"),
+    "fit": (lambda value: value in FITS, f"one of {', '.join(FITS)}"),
+    "white_level": (lambda value: value is None or _is_number(value, 1e-9, 1e30), "a positive number or null"),
+}
 
 #: The only arguments that a file may pass to a model factory: numbers and plain words, nothing that names a
 #: file, an address, a class or pretrained weights.

@@ -32,8 +32,9 @@ MOST_POINTS = 2048
 
 COLOURS = 192
 """Of a picture, at most."""
-NO_CHARTS = ("budget/",)
-"""Beginnings of tags that would be flat lines in TensorBoard; the budget is in the text and in the overview."""
+NO_CHARTS = ("budget/", "weights_by_layer/churn/", "weights_by_layer/threshold/", "heads/swapped/", "neurons/swapped/")
+"""Beginnings of tags that have no chart in TensorBoard: the budget, a flat line, is in its text, and single layers and
+blocks would be dozens of charts, which the overview shows in one picture."""
 
 
 class WholeRecords:
@@ -204,7 +205,7 @@ class MetricsWriter(SummaryWriter):
     def add_scalar(self, tag: str, scalar_value: Any, global_step: Any = None, *args: Any, **kwargs: Any) -> None:
         """One number. NaN and infinity, which JSON cannot hold, are null in ``metrics.jsonl``.
 
-        What is the same at every step of almost any run (:data:`NO_CHARTS`) stands there alone.
+        What would be a flat line, or one of dozens of charts (:data:`NO_CHARTS`), stands there alone.
         """
         if self.line.get("step", global_step) != global_step:
             self.end_line()

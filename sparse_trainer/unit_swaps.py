@@ -137,7 +137,7 @@ class UnitSwaps(UnitGroups):
             if set(swap.added) == set(known[index].removed) and set(swap.removed) == set(known[index].added)
         ]
         warnings = []
-        if undone:
+        if undone and self.config.swap != "explore":  # which takes back only what it knows to be better
             warnings.append(
                 f"what came back in {', '.join(undone)} is what was removed last; growth changes nothing there. A "
                 "greater probation, or fewer updates, gives units the time to learn"

@@ -32,11 +32,13 @@ EPSILON = 1e-6
 _HIGHEST = -math.log(EPSILON)
 
 #: Scores of attention, over images and heads, that are computed at a time: a few images on a CPU, where they stay in
-#: the cache; on an accelerator enough to keep it busy, in 64 MiB of float32.
+#: the cache; on an accelerator enough to keep it busy, in 128 MiB of float32.
 MOST_SCORES = {"cpu": 2**18}
-MOST_SCORES_ELSEWHERE = 2**24
-#: A piece takes one more image as long as the padding that this costs is fewer scores than this.
-SCORES_OF_A_CALL = 2**14
+MOST_SCORES_ELSEWHERE = 2**25
+#: A piece takes one more image as long as the padding that this costs is fewer scores than a call of the kernels costs
+#: in time. To start the thirty kernels of a piece takes a GPU's host as long as the GPU takes for millions of scores.
+SCORES_OF_A_CALL = {"cpu": 2**14}
+SCORES_OF_A_CALL_ELSEWHERE = 2**24
 
 
 class _Part:
@@ -86,7 +88,9 @@ class Sheets:
 
 def cut(kept: Layout, borderline: Layout, heads: int) -> Sheets:
     """Cut two sheets into pieces that attention takes one at a time."""
-    most = MOST_SCORES.get(kept.order.device.type, MOST_SCORES_ELSEWHERE) // heads
+    kind = kept.order.device.type
+    most = MOST_SCORES.get(kind, MOST_SCORES_ELSEWHERE) // heads
+    waste = SCORES_OF_A_CALL.get(kind, SCORES_OF_A_CALL_ELSEWHERE)
     pieces: list[slice] = []
     rows, columns = 0, 0  # of the scores of one image, as padded in the piece that is being filled
     for image, (length, others) in enumerate(zip(kept.lengths, borderline.lengths, strict=True)):
@@ -95,7 +99,7 @@ def cut(kept: Layout, borderline: Layout, heads: int) -> Sheets:
         grown = max(rows, length), max(columns, length + others)
         area, images = grown[0] * grown[1], image - first
         padding = images * (area - rows * columns) + area - own
-        if images and ((images + 1) * area <= most and heads * padding <= SCORES_OF_A_CALL):
+        if images and ((images + 1) * area <= most and heads * padding <= waste):
             pieces[-1] = slice(first, image + 1)
             rows, columns = grown
         else:

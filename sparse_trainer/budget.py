@@ -6,9 +6,11 @@ The total is exact: ``live = round(density * prunable)``, and the layers' counts
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+Name = TypeVar("Name", bound=Hashable)
 DISTRIBUTIONS = ("erk", "uniform", "global")
 
 
@@ -83,7 +85,7 @@ def erk_densities(shapes: Mapping[str, Sequence[int]], density: float) -> dict[s
         dense |= over
 
 
-def largest_remainder(ideal: Mapping[str, float], total: int, capacity: Mapping[str, int]) -> dict[str, int]:
+def largest_remainder(ideal: Mapping[Name, float], total: int, capacity: Mapping[Name, int]) -> dict[Name, int]:
     """Whole numbers nearest to ``ideal`` that sum to ``total``, none above its ``capacity``.
 
     Everyone gets the whole part; what is left goes one by one to the greatest fractions (Hamilton's method),
@@ -114,3 +116,34 @@ def count_units(density: float, units: int, what: str) -> int:
             f"{what}_density: {density} of {units} {what}s leaves none; the least that works is {1 / units:.3g}"
         )
     return live
+
+
+TOGETHER = 8
+"""Neurons that come and go together in wide MLPs: in 16 bits the tensor cores of a GPU read rows of 16 bytes. On an
+H200 a DeiT-B with 1,843 of 3,072 neurons classified at .56 of the speed of the dense one."""
+WIDE = 512
+"""Neurons of an MLP where so few more or fewer are under 1 %."""
+
+
+def neurons_together(neurons: int, pattern: int = 1) -> int:
+    """How many neurons of an MLP come and go together.
+
+    Args:
+        neurons: of the dense MLP.
+        pattern: rows or columns of the blocks of its weights, which go on dividing it.
+    """
+    if neurons >= WIDE and neurons % math.lcm(TOGETHER, pattern) == 0:
+        return math.lcm(TOGETHER, pattern)
+    return pattern if neurons % pattern == 0 else 1
+
+
+def count_neurons(density: float, neurons: int, pattern: int = 1) -> int:
+    """Live neurons of a block: ``density * neurons`` in whole numbers of those that come and go together.
+
+    Down to the eight of a wide MLP, so that no limit is passed; to the nearest blocks of a pattern, which may be few.
+
+    Raises:
+        ValueError: if none would be left.
+    """
+    together, live = neurons_together(neurons, pattern), count_units(density, neurons, "neuron")
+    return min(max(1, math.floor(live / together + (0.5 if pattern > 1 else 0.0))) * together, neurons)

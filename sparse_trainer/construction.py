@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from sparse_trainer.budget import count_units
+from sparse_trainer.budget import count_neurons, count_units, neurons_together
 from sparse_trainer.falling import FallingBudget, steps_of_fall
 from sparse_trainer.masks import count_live
 from sparse_trainer.patterns import Pattern, read_pattern, whole_blocks
 from sparse_trainer.prunable import describe_left_dense, left_dense, prunable_places
 from sparse_trainer.sparsity_config import SparsityConfig
-from sparse_trainer.units import BlockUnits, find_blocks
+from sparse_trainer.units import BlockUnits, UnitGroup, find_blocks
 from sparse_trainer.update_schedule import UpdateSchedule
 from sparse_trainer.weight_masks import allocate_blocks, allocation_of, fitting_patterns
 
@@ -181,7 +180,7 @@ def _unit_falls(
         return {}
     steps = steps_of_fall(schedule.update_steps, schedule.total_steps, config.reach_at, config.unit_falls)
     return {
-        (name, group.kind): FallingBudget(group.count(), last, steps, _whole(config) if group.kind == "neuron" else 1)
+        (name, group.kind): FallingBudget(group.count(), last, steps, _together(config, group))
         for name, block in blocks.items()
         for group, last in ((block.heads, heads[name]), (block.neurons, neurons[name]))
         if last < group.count()
@@ -192,28 +191,23 @@ def _steps_of_shapes(
     shapes: Mapping[str, tuple[int, ...]], blocks: Mapping[str, BlockUnits], config: SparsityConfig
 ) -> dict[str, tuple[int, ...]]:
     """What shapes change by when heads and neurons leave: a pattern that divides this divides them all."""
-    whole = _whole(config) if config.unit_distribution == "uniform" else 1
+    uniform = config.unit_distribution == "uniform"
     return compact_shapes(
         shapes,
         blocks,
         dict.fromkeys(blocks, 1),
-        {name: whole if block.neurons.count() % whole == 0 else 1 for name, block in blocks.items()},
+        {name: _together(config, block.neurons) if uniform else 1 for name, block in blocks.items()},
     )
 
 
-def _whole(config: SparsityConfig) -> int:
-    """Neurons that come and go together, so that a pattern goes on dividing what they are rows and columns of."""
-    if not config.masks_weights:
-        return 1
-    pattern = read_pattern(config.pattern)
-    return math.lcm(pattern.rows, pattern.columns)
+def _together(config: SparsityConfig, group: UnitGroup) -> int:
+    """Units of a block that leave together."""
+    return neurons_together(group.count(), config.pattern_rows) if group.kind == "neuron" else 1
 
 
 def _neurons_of(config: SparsityConfig, dense: int) -> int:
-    """Live neurons of a block: in whole blocks of the pattern, where that divides the dense layers."""
-    count = count_units(config.neuron_density, dense, "neuron")
-    whole = _whole(config)
-    return count if dense % whole else min(max(1, round(count / whole)) * whole, dense)
+    """Live neurons of a block."""
+    return count_neurons(config.neuron_density, dense, config.pattern_rows)
 
 
 def compact_shapes(

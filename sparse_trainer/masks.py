@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,13 @@ def _smallest_on_host(score: Tensor, among: Tensor, count: int) -> tuple[Tensor,
 
 def _smallest_on_device(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, float]:
     keyed = taken_out(score, among).reshape(-1)
-    threshold = keyed.kthvalue(count).values
+    # On a GPU kthvalue works with one block of threads, topk with all of them; and nothing here makes the host wait but
+    # the threshold itself.
+    threshold = keyed.topk(count, largest=False, sorted=False).values.amax()
     selected = keyed < threshold
-    ties = (keyed == threshold).nonzero().view(-1)
-    selected[ties[: count - int(selected.count_nonzero())]] = True
-    return selected, float(threshold)
+    ties = keyed == threshold
+    missing = count - selected.count_nonzero()
+    return selected | (ties & (ties.cumsum(0) <= missing)), float(threshold)
 
 
 def select_largest(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, float]:
@@ -215,8 +218,17 @@ def pack_bits(mask: Tensor) -> Tensor:
     Element ``i`` in row-major order is bit ``i % 8`` of byte ``i // 8``, least significant first; the bits after
     the last element are 0.
     """
-    flat = mask.detach().reshape(-1).cpu().numpy()
-    return torch.from_numpy(np.packbits(flat, bitorder="little"))
+    flat = mask.detach().reshape(-1)
+    if flat.device.type != "cpu":
+        return _packed_on_device(flat).cpu()
+    return torch.from_numpy(np.packbits(flat.numpy(), bitorder="little"))
+
+
+def _packed_on_device(flat: Tensor) -> Tensor:
+    """Where the mask is, so that an eighth of it travels."""
+    bits = F.pad(flat.to(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
+    worth = 2 ** torch.arange(8, device=flat.device)
+    return (bits * worth.to(torch.uint8)).sum(dim=1, dtype=torch.int32).to(torch.uint8)
 
 
 def unpack_bits(packed: Tensor, numel: int) -> Tensor:

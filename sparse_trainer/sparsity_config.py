@@ -47,7 +47,8 @@ class SparsityConfig:
     head_density: float = 1.0
     """Share of the attention heads of a block that are live, rounded to whole heads."""
     neuron_density: float = 1.0
-    """Share of the MLP neurons of a block that are live, rounded to whole neurons."""
+    """Share of the MLP neurons of a block that are live, rounded to whole neurons; from 512 on down to a multiple of 8,
+    which is what the kernels of a GPU are fast with."""
     unit_falls: int = 0
     """At how many updates heads and neurons go, from the dense network at the start to what is asked, up to reach_at of
     the run, along the same cubic as weights: each time the network becomes physically smaller. 0: they are gone from
@@ -123,6 +124,14 @@ class SparsityConfig:
     def masks_weights(self) -> bool:
         """Whether single weights are masked."""
         return self.density is not None or self.live_parameters is not None
+
+    @property
+    def pattern_rows(self) -> int:
+        """Neurons that come and go together, so that the pattern goes on dividing what they are rows and columns of."""
+        if not self.masks_weights:
+            return 1
+        pattern = read_pattern(self.pattern)
+        return math.lcm(pattern.rows, pattern.columns)
 
     @property
     def falls(self) -> bool:

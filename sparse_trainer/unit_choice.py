@@ -7,15 +7,20 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparse_trainer.budget import largest_remainder
 from sparse_trainer.live_units import LiveUnits, Swap
 from sparse_trainer.unit_scores import Scores
 
 
-def spread_by_score(scores: Sequence[Tensor], counts: Sequence[int], least: Sequence[int]) -> list[list[int]]:
+def spread_by_score(
+    scores: Sequence[Tensor], counts: Sequence[int], least: Sequence[int], together: int = 1
+) -> list[list[int]]:
     """The best units over all blocks: as many as ``counts`` says in all, and at least ``least`` of each block.
 
     Args:
         scores: of the units of each block ``[units]``.
+        together: divides the units of each block. If it divides the sum of ``counts`` too, and no block has fewer, each
+            gets the nearest multiple of it.
 
     Returns:
         by block, the units that live, ascending.
@@ -25,6 +30,11 @@ def spread_by_score(scores: Sequence[Tensor], counts: Sequence[int], least: Sequ
     rest = [(-float(scores[b][u]), b, u) for b, order in enumerate(first) for u in order[least[b] :]]
     for _, block, unit in sorted(rest)[: sum(counts) - sum(least)]:
         chosen[block].append(unit)
+    total, odd = divmod(sum(counts), together)
+    if together > 1 and not odd and all(len(units) >= together for units in chosen):
+        shares = {block: len(units) / together for block, units in enumerate(chosen)}
+        found = largest_remainder(shares, total, {block: len(order) // together for block, order in enumerate(first)})
+        chosen = [order[: found[block] * together] for block, order in enumerate(first)]
     return [sorted(units) for units in chosen]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparse_trainer.budget import count_units
+from sparse_trainer.budget import count_units, neurons_together
 from sparse_trainer.falling import FallingBudget
 from sparse_trainer.live_units import LiveUnits, Swap
 from sparse_trainer.report import BlockUpdate
@@ -126,7 +126,10 @@ class UnitGroups:
                 if (name, group.kind) in made.falls:
                     asked[group.kind].append((len(here), len(here)))
                 else:
-                    asked[group.kind].append((count_units(density, total, group.kind), len(here)))
+                    count = count_units(density, total, group.kind)
+                    if group.kind == "neuron" and abs(count - len(here)) < neurons_together(total, config.pattern_rows):
+                        count = len(here)  # rounded, now or when the file was made
+                    asked[group.kind].append((count, len(here)))
                 if config.unit_distribution == "uniform" and asked[group.kind][-1][0] != len(here):
                     raise ValueError(
                         f"resume_from: {len(here)} of {total} {group.kind}s of {name} are live, and the configuration "
@@ -257,6 +260,8 @@ def spread(
         mine = [index for index, (group, _) in enumerate(wanted) if group.kind == kind]
         least = [1 if kind == "head" else math.ceil(config.floor * wanted[i][1]) or 1 for i in mine]
         counts = [wanted[i][1] for i in mine]
-        for index, units in zip(mine, spread_by_score([scores[i] for i in mine], counts, least), strict=True):
+        alike = [neurons_together(wanted[i][0].count()) if kind == "neuron" else 1 for i in mine]
+        together = alike[0] if len(set(alike)) == 1 else 1
+        for index, units in zip(mine, spread_by_score([scores[i] for i in mine], counts, least, together), strict=True):
             best[index] = units
     return best

@@ -276,7 +276,7 @@ def test_the_ideal_of_units_and_tokens_by_hand() -> None:
     structure = Structure(heads=0.67, neurons=0.6, tokens=0.7)
     small = make_small(setting, structure, structure.top_k)
     around = 16 * 3 * 64 * 192 + 192 * 10 + 16 * 192  # patch embedding, classifier, scores of the selector
-    neurons = int(0.6 * 768 + 0.5)
+    neurons = 456  # of 768, in eights
     assert macs_of(small, structure) == 12 * block_macs(12, 192, 2, 64, neurons) + around
     assert count(make_model(setting)).macs == 12 * block_macs(17, 192, 3, 64, 768) + around - 16 * 192
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sparse_trainer.budget import allocate, count_units, erk_densities, largest_remainder
+from sparse_trainer.budget import allocate, count_neurons, count_units, erk_densities, largest_remainder
 
 
 def shapes_of(name: str) -> dict[str, tuple[int, ...]]:
@@ -102,3 +102,16 @@ def test_unit_counts() -> None:
     assert count_units(0.6, 1536, "neuron") == 922
     with pytest.raises(ValueError, match=r"head_density: 0.1 of 3 heads leaves none; the least that works is 0.333"):
         count_units(0.1, 3, "head")
+
+
+def test_neurons_of_wide_layers_come_in_eights() -> None:
+    assert count_neurons(0.6, 1536) == 920  # not 922: of 16 bytes and less a tensor core makes slow work
+    assert count_neurons(0.6, 3072) == 1840
+    assert count_neurons(0.5, 3072) == 1536
+    assert count_neurons(1.0, 1536) == 1536
+    assert count_neurons(0.001, 1536) == 8
+    assert count_neurons(0.6, 96) == 58  # where eight are many, to the nearest
+    assert count_neurons(0.6, 516) == 310  # where eight do not divide all of them
+    assert count_neurons(0.6, 96, 16) == 64
+    assert count_neurons(0.6, 1536, 32) == 928
+    assert count_neurons(0.6, 100, 16) == 60

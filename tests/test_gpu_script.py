@@ -19,7 +19,7 @@ from experiments.gpu.results import Results
 from experiments.gpu.settings import Settings, read_settings
 from experiments.gpu.summary import summarize
 from experiments.gpu.train import prepare
-from experiments.gpu.worth import Progress, expected_seconds, next_task, shorten, tasks, to_give_up
+from experiments.gpu.worth import Pace, Progress, expected_seconds, next_task, shorten, tasks, to_give_up
 from experiments.grids.grid import Grid
 from experiments.grids.report import Outcome
 
@@ -71,6 +71,12 @@ def test_what_does_not_end_in_time_makes_room() -> None:
     assert to_give_up(running, order, 101.0) is None
     assert to_give_up(running, order, 99.0) == ("dense", 1)
     assert to_give_up({("dense", 0): slow}, order, 1.0) is None  # nobody gains by its end
+    pace = Pace()
+    assert pace.hear(1, 101, 10.0).left == 1000.0  # no more is known than its slow start
+    assert pace.hear(11, 101, 20.0).left == 90.0  # 10 steps in 10 seconds
+    for second in range(21, 60):
+        later = pace.hear(11 + 2 * (second - 20), 101, float(second))
+    assert later.step_seconds == 0.5  # its start is forgotten
     assert expected_seconds("as_vit_65", 6, 2.0) == pytest.approx(15 + 1.1 * 2.5 * 12)
 
 

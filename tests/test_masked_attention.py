@@ -37,7 +37,7 @@ def dense(seed: int, images: int) -> list[Tensor]:
 def test_outputs_and_gradients_are_those_of_the_formula(padding: int, kinds: list[list[str]], seed: int) -> None:
     """Of queries, keys, values and the mask, for kept and borderline tokens, whether images share a piece or not."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masked_attention, "SCORES_OF_A_CALL", padding)
+        patch.setitem(masked_attention.SCORES_OF_A_CALL, "cpu", padding)
         sheets, kept, close = sheets_of(kinds)
     query, key, value, seen = (x.requires_grad_() for x in dense(seed, len(kinds)))
     mask = kept.double().requires_grad_()
@@ -70,7 +70,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(padding: int, kinds: lis
 @given(kinds, st.integers(0, 200), st.integers(0, 400))
 def test_pieces_hold_every_image_once_and_not_too_many(kinds: list[list[str]], padding: int, most: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(masked_attention, "SCORES_OF_A_CALL", padding)
+        patch.setitem(masked_attention.SCORES_OF_A_CALL, "cpu", padding)
         patch.setitem(masked_attention.MOST_SCORES, "cpu", most)
         sheets, _, _ = sheets_of(kinds)
     assert sum(part.images for part, _ in sheets.pieces) == len(kinds)

@@ -6,6 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_trainer.masks import (
+    _packed_on_device,
+    _smallest_on_device,
+    _smallest_on_host,
     count_bits,
     largest_per_segment,
     pack_bits,
@@ -139,3 +142,16 @@ def test_bits_that_do_not_fit_raise() -> None:
         unpack_bits(torch.zeros(1, dtype=torch.uint8), 9)
     with pytest.raises(ValueError, match="after the last"):
         unpack_bits(torch.tensor([0b1000], dtype=torch.uint8), 3)
+
+
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0, 2.0]), st.booleans()), min_size=1), st.data())
+def test_a_device_selects_and_packs_as_the_host_does(items: list[tuple[float, bool]], data: st.DataObject) -> None:
+    """Its code runs on any device, here on the CPU, with many scores that tie."""
+    score = torch.tensor([value for value, _ in items])
+    among = torch.tensor([inside for _, inside in items])
+    if among.any():
+        count = data.draw(st.integers(1, int(among.sum())))
+        host, device = (select(score, among, count) for select in (_smallest_on_host, _smallest_on_device))
+        assert torch.equal(host[0], device[0])
+        assert host[1] == device[1]
+    assert torch.equal(_packed_on_device(among), pack_bits(among))

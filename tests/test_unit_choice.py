@@ -184,6 +184,17 @@ def test_units_where_they_matter() -> None:
     assert spread_by_score(scores, [2, 2, 2], [2, 2, 2]) == [[0, 1], [0, 1], [0, 1]]
 
 
+def test_by_score_in_eights() -> None:
+    scores = [torch.rand(512, generator=torch.Generator().manual_seed(seed)) * (1 + seed) for seed in range(3)]
+    alone = spread_by_score(scores, [256] * 3, [1] * 3)
+    found = spread_by_score(scores, [256] * 3, [1] * 3, 8)
+    assert sum(map(len, found)) == 3 * 256
+    for score, units, others in zip(scores, found, alone, strict=True):
+        assert len(units) % 8 == 0
+        assert abs(len(units) - len(others)) < 8
+        assert units == sorted(score.topk(len(units)).indices.tolist())
+
+
 def by_score(model: nn.Module, batch: tuple[Tensor, Tensor], **changes: Any) -> SparsityScheduler:
     config: dict[str, Any] = {"density": None, "head_density": 0.67, "neuron_density": 0.5, "start": "score"}
     return SparsityScheduler(

@@ -20,6 +20,7 @@ from experiments.evaluation.precision import narrow, precision_context
 from experiments.training.losses import distillation_loss
 from models import create_model
 from sparse_trainer import SparsityConfig, SparsityScheduler, flops
+from sparse_trainer.budget import count_neurons
 from sparse_trainer.patterns import read_pattern
 from sparse_trainer.units import compact, find_blocks
 
@@ -167,9 +168,7 @@ def make_small(setting: Setting, structure: Structure, selector: dict[str, Any] 
     with naming("model"):
         blocks = find_blocks(model)
     heads = {name: range(max(1, int(structure.heads * block.heads.count() + 0.5))) for name, block in blocks.items()}
-    neurons = {
-        name: range(max(1, int(structure.neurons * block.neurons.count() + 0.5))) for name, block in blocks.items()
-    }
+    neurons = {name: range(count_neurons(structure.neurons, block.neurons.count())) for name, block in blocks.items()}
     compact(model, heads, neurons)
     return model
 

@@ -23,6 +23,7 @@ from experiments.benchmarks.setting import (
     training_step,
 )
 from experiments.benchmarks.timing import paired, synchronize, timed
+from experiments.evaluation.precision import narrow
 from models import tokens_per_block
 from sparse_trainer import SparsityConfig, SparsityScheduler, flops
 from sparse_trainer.units import find_blocks
@@ -104,6 +105,8 @@ class Comparison:
         """The step that is timed, run twice already, and the memory in MiB at its peak, that of the model included."""
         setting = self.case.setting
         before = self._allocated() - _bytes(model) * (self.device.type == "cuda")
+        if self.case.task == "inference":
+            narrow(model, setting.amp)  # as who deploys a network in 16 bits keeps it
         forward = cast(nn.Module, torch.compile(model, backend=self.backend)) if self.case.compiled else model
         if self.case.task == "training":
             step = training_step(forward.train(), setting, after, optimizer)

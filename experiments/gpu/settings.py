@@ -58,7 +58,7 @@ def read_settings(arguments: Sequence[str] | None) -> Settings:
     )
     parser.add_argument("--dry", action="store_true", help="in miniature on the CPU")
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="image folder with train and test")
-    parser.add_argument("--epochs", type=int, default=60, help="of each run of the grid, which has 200")
+    parser.add_argument("--epochs", type=int, default=24, help="of each run of the grid, which has 200")
     parser.add_argument("--jobs", type=int, default=4, help="runs side by side")
     parser.add_argument("--compile", action="store_true", help="train the grid through torch.compile")
     parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)

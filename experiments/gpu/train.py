@@ -20,14 +20,15 @@ from experiments.gpu import slot, worth
 from experiments.gpu.record import Deadline, Record
 from experiments.gpu.results import KEPT, Results, network_beside
 from experiments.gpu.settings import Settings
-from experiments.gpu.worth import Progress, Task
+from experiments.gpu.worth import Pace, Progress, Task
 from experiments.grids.grid import Grid, Runs, read_grid
 from experiments.grids.report import read_outcome
 
 SETTLED = 10.0
 """Seconds after which the pace of a run is believed."""
-PAUSE = 15.0
-"""Seconds between two looks at whether all runs end in time: each that is given up makes the others faster."""
+PAUSE = Pace.WINDOW + 5.0
+"""Seconds between two looks at whether all runs end in time: each that is given up makes the others faster, which must
+show in their pace."""
 DRY_CHANGES = (
     *("--model.kwargs", '{"patch_size": 7, "embed_dim": 24, "num_heads": 3}', "--data.dataset", "fashion-mnist-10k"),
     *("--data.root", "null", "--data.image_size", "28", "--data.batch_size", "8", "--data.train_subset", "40"),
@@ -46,6 +47,7 @@ class Slot:
     total: int = 0
     epochs: float = 0.0
     progress: Progress | None = None
+    pace: Pace = field(default_factory=Pace)
     since: float = field(default_factory=time.monotonic)
     stopping: bool = False
 
@@ -147,7 +149,7 @@ class Training:
                 return
         self.waiting.remove(task)
         keep = self.settings.output / KEPT if task == ("dense", 0) else None
-        each.task, each.progress, each.stopping = task, None, False
+        each.task, each.progress, each.pace, each.stopping = task, None, Pace(), False
         each.since = time.monotonic()
         # No run folder is there yet, so there is nothing to resume.
         arguments = [word for word in self.runs.command(entry, seed)[1:] if word not in ("--resume", "auto")]
@@ -169,7 +171,7 @@ class Training:
         if word == "begun":
             each.total, each.epochs = values
         elif word == "step":
-            each.progress = Progress(values[0], each.total, values[1])
+            each.progress = each.pace.hear(values[0], each.total, values[1])
             if each.knows_pace():
                 self.epoch_seconds.append(self._epoch_seconds(each))
         else:

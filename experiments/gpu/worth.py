@@ -30,15 +30,35 @@ class Progress:
     steps: int  #: done
     total: int
     seconds: float  #: that these steps took
+    recent: float | None = None  #: seconds of a step of late; None: as of all
 
     @property
     def step_seconds(self) -> float:
-        return self.seconds / self.steps
+        return self.seconds / self.steps if self.recent is None else self.recent
 
     @property
     def left(self) -> float:
-        """Seconds to its end, at its pace so far."""
+        """Seconds to its end, at its pace of late."""
         return (self.total - self.steps) * self.step_seconds
+
+
+class Pace:
+    """How fast a run is of late: its first steps are slow, and it is faster when others have ended."""
+
+    WINDOW = 20.0
+    """Seconds over which the pace is taken."""
+
+    def __init__(self) -> None:
+        self._heard: list[tuple[float, int]] = []
+
+    def hear(self, steps: int, total: int, seconds: float) -> Progress:
+        """``steps`` of ``total`` were done after so many ``seconds``."""
+        self._heard.append((seconds, steps))
+        while len(self._heard) > 2 and self._heard[1][0] <= seconds - self.WINDOW:
+            del self._heard[0]
+        since, done = self._heard[0]
+        recent = (seconds - since) / (steps - done) if steps > done else None
+        return Progress(steps, total, seconds, recent)
 
 
 def shorten(grid: Grid, recipe_epochs: int, epochs: int) -> Grid:

@@ -16,7 +16,7 @@ from experiments.errors import ConfigError
 from models import SelectorConfig
 from models.sparse_deit import add_selector
 from sparse_trainer import SparsityConfig, flops
-from sparse_trainer.budget import count_units
+from sparse_trainer.budget import count_neurons, count_units
 from sparse_trainer.units import compact, find_blocks
 
 LEAST_SHARE = 0.1
@@ -230,7 +230,7 @@ def make_compact(model: nn.Module, heads: float, neurons: float) -> nn.Module:
     compact(
         small,
         {name: range(count_units(heads, block.heads.count(), "head")) for name, block in blocks.items()},
-        {name: range(count_units(neurons, block.neurons.count(), "neuron")) for name, block in blocks.items()},
+        {name: range(count_neurons(neurons, block.neurons.count())) for name, block in blocks.items()},
     )
     return small
 

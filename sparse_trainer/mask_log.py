@@ -77,7 +77,8 @@ class MaskLog:
     Args:
         run_dir: the run's folder; the timeline lies in its ``masks`` folder.
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or None for the timeline alone.
-        image_every: write the images of weight masks at every n-th update of the run only.
+        image_every: write the images of weight masks at every n-th update of the run; None: whenever the number of
+            updates has doubled, so that a long run with many layers does not spend its time on pictures.
         image_side: the longer side of such an image, in pixels, at most.
     """
 
@@ -86,10 +87,10 @@ class MaskLog:
         run_dir: str | os.PathLike[str],
         writer: SummaryWriter | None,
         *,
-        image_every: int = 1,
+        image_every: int | None = None,
         image_side: int = 256,
     ) -> None:
-        if image_every < 1 or image_side < 1:
+        if (image_every is not None and image_every < 1) or image_side < 1:
             raise ValueError(f"image_every and image_side must be at least 1, got {image_every}, {image_side}")
         self.run_dir = Path(run_dir)
         self.writer = writer
@@ -159,7 +160,7 @@ class MaskLog:
         if live_neurons and any(block.live_neurons < block.neurons for block in blocks.values()):
             neurons = {name: block.neurons for name, block in blocks.items()}
             self._add_units("neurons", self.history.neurons, neurons, update.step)
-        if self._updates % self.image_every == 0:
+        if self._draws_weights:
             self._add_weights(update.step)
 
     def log_weights(self, step: int, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -193,6 +194,13 @@ class MaskLog:
             except CheckpointError:
                 self.history = MaskHistory()
         self._updates = sum(step > 0 for step, _ in _records(self.run_dir / "masks"))
+
+    @property
+    def _draws_weights(self) -> bool:
+        """Whether the update that was just counted has pictures of the weights."""
+        if self.image_every is not None:
+            return self._updates % self.image_every == 0
+        return self._updates.bit_count() == 1
 
     def _add_weights(self, step: int) -> None:
         assert self.writer is not None

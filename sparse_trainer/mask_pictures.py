@@ -121,13 +121,22 @@ def framed(
 
 def draw_key(image: Image.Image, x: int, y: int) -> None:
     """The key of the colours: dead, just come, ... live since the start."""
-    pen, font = ImageDraw.Draw(image), font_of(TEXT)
-    pen.rectangle((x, y + 1, x + 11, y + 12), DORMANT)
-    pen.text((x + 16, y - 1), "dead    just come", INK, font)
-    start = x + 24 + int(font.getlength("dead    just come"))
+    image.paste(_key(), (x, y - 1))
+
+
+@cache
+def _key() -> Image.Image:
+    """Drawn once: it stands in every picture."""
+    font, words = font_of(TEXT), ("dead    just come", "since the start")
+    start = 24 + int(font.getlength(words[0]))
+    image = Image.new("RGB", (start + 58 + int(font.getlength(words[1])), LINE), PAPER)
+    pen = ImageDraw.Draw(image)
+    pen.rectangle((0, 2, 11, 13), DORMANT)
+    pen.text((16, 0), words[0], INK, font)
     ramp = colours(torch.linspace(0, 1, 48)).round().to(torch.uint8)[None].repeat(12, 1, 1)
-    image.paste(Image.fromarray(ramp.numpy()), (start, y + 1))
-    pen.text((start + 54, y - 1), "since the start", INK, font)
+    image.paste(Image.fromarray(ramp.numpy()), (start, 2))
+    pen.text((start + 54, 0), words[1], INK, font)
+    return image
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -216,6 +216,13 @@ def test_tensorboard_reads_the_tags_back(tmp_path: Path) -> None:
     assert events.Histograms("weights/fc1.weight")[0].histogram_value.num == 20, "live weights only"
 
 
+def _draws(folder: Path, number: int) -> bool:
+    log = MaskLog(folder, None)
+    log._updates = number
+    return log._draws_weights
+
+
 def test_settings_are_checked(tmp_path: Path) -> None:
+    assert [number for number in range(1, 20) if _draws(tmp_path, number)] == [1, 2, 4, 8, 16], "by default"
     with pytest.raises(ValueError, match="image_every and image_side must be at least 1"):
         MaskLog(tmp_path, None, image_every=0)

@@ -11,7 +11,7 @@ from sparse_trainer.patterns import read_pattern
 from sparse_trainer.update_schedule import UpdateSchedule
 
 GROWTH = ("gradient", "random")
-SWAPS = ("always", "if_better", "explore")
+SWAPS = ("auto", "always", "if_better", "explore")
 STARTS = ("random", "score")
 UNIT_DISTRIBUTIONS = ("uniform", "by_score", "global")
 CANDIDATES = ("last", "first")
@@ -73,9 +73,10 @@ class SparsityConfig:
     floor: float = 0.1
     """Share of its first live weights that a layer always keeps with the global distribution, and of its neurons that a
     block keeps with unit_distribution: by_score."""
-    swap: str = "if_better"
+    swap: str = "auto"
     """Units: always replace the share that is due; only if_better, where the estimated gain is greater; or explore: try
-    each unit once, and after that take one back only if it is better; one that is writes again what it wrote."""
+    each unit once, and after that take one back only if it is better; one that is writes again what it wrote. auto:
+    explore for heads, of which if_better exchanges hardly any, and if_better for neurons."""
     probation: int = 2
     """Updates for which a unit that came stays, to learn before it is judged, and one that left stays out; 0 judges all
     at every update (S2ViTE)."""
@@ -132,6 +133,12 @@ class SparsityConfig:
             return 1
         pattern = read_pattern(self.pattern)
         return math.lcm(pattern.rows, pattern.columns)
+
+    def swap_of(self, kind: str) -> str:
+        """The rule by which units of a kind, ``head`` or ``neuron``, are exchanged."""
+        if self.swap == "auto":
+            return "explore" if kind == "head" else "if_better"
+        return self.swap
 
     @property
     def falls(self) -> bool:

@@ -134,10 +134,12 @@ class UnitSwaps(UnitGroups):
         undone = [
             f"{self.groups[index].group.block} ({self.groups[index].group.kind}s)"
             for index, swap in swaps.items()
-            if set(swap.added) == set(known[index].removed) and set(swap.removed) == set(known[index].added)
+            if self.config.swap_of(self.groups[index].group.kind) != "explore"  # which takes back only what is better
+            and set(swap.added) == set(known[index].removed)
+            and set(swap.removed) == set(known[index].added)
         ]
         warnings = []
-        if undone and self.config.swap != "explore":  # which takes back only what it knows to be better
+        if undone:
             warnings.append(
                 f"what came back in {', '.join(undone)} is what was removed last; growth changes nothing there. A "
                 "greater probation, or fewer updates, gives units the time to learn"
@@ -160,7 +162,8 @@ class UnitSwaps(UnitGroups):
         swaps = {}
         for (index, count), score in zip(counts.items(), scores, strict=True):
             units = self.groups[index]
-            swap = choose(units, score, count, parameters, self.config.swap, self.config.probation)
+            rule = self.config.swap_of(units.group.kind)
+            swap = choose(units, score, count, parameters, rule, self.config.probation)
             if swap.slots:
                 seed = self.config.unit_moments == "mean"
                 exchange(units, swap, parameters, optimizer=optimizer, ema=averages, masks=masks, seed_moments=seed)
@@ -190,7 +193,7 @@ class UnitSwaps(UnitGroups):
                 [by_index[index] for index in mine],
                 sum(counts[index] for index in mine),
                 floors,
-                self.config.swap,
+                self.config.swap_of(kind),
                 self.config.probation,
             )
             for index, units, what in zip(mine, groups, moves, strict=True):

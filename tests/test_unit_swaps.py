@@ -626,3 +626,34 @@ def test_a_swap_folds_the_bias_and_follows_in_the_average(tiny_deit: Factory, ti
     place = group.dormant.index(update.blocks["blocks.0"].heads_removed[0])
     kept = rows.units(group.candidates[rows.name])[place]
     assert torch.equal(kept, rows.units(before[rows.name])[slot])
+
+
+def test_by_default_heads_come_that_never_lived() -> None:
+    """And no warning: none goes back and forth."""
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 96, "num_heads": 6, "depth": 3, "num_classes": 4}
+    model = timm.create_model("deit_tiny_patch16_224", **sizes)
+    config = SparsityConfig(density=None, head_density=0.5, neuron_density=0.5, update_every=5, drop_fraction=0.4)
+    scheduler = SparsityScheduler(model, config, total_steps=60)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler.attach(optimizer)
+    first = {name: set(heads) for name, heads in scheduler.live_heads.items()}
+    seen = {name: set(heads) for name, heads in first.items()}
+    generator = torch.Generator().manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(60):
+            images, targets = torch.randn(8, 3, 16, 16, generator=generator), torch.arange(8) % 4
+
+            def loss(images: torch.Tensor = images, targets: torch.Tensor = targets) -> torch.Tensor:
+                return F.cross_entropy(model(images), targets)
+
+            loss().backward()
+            optimizer.step()
+            scheduler.step(loss)
+            optimizer.zero_grad()
+            for name, heads in scheduler.live_heads.items():
+                seen[name] |= set(heads)
+    assert sum(len(seen[name] - first[name]) for name in first) >= 7, "of 9 slots; 3 were asked for"
+    assert (config.swap_of("head"), config.swap_of("neuron")) == ("explore", "if_better")
+    assert SparsityConfig(swap="always").swap_of("head") == "always"

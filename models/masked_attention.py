@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,14 +31,19 @@ from models.scores import at_least_float32
 EPSILON = 1e-6
 _HIGHEST = -math.log(EPSILON)
 
-#: Scores of attention, over images and heads, that are computed at a time: a few images on a CPU, where they stay in
-#: the cache; on an accelerator enough to keep it busy, in 128 MiB of float32.
-MOST_SCORES = {"cpu": 2**18}
-MOST_SCORES_ELSEWHERE = 2**25
-#: A piece takes one more image as long as the padding that this costs is fewer scores than a call of the kernels costs
-#: in time. To start the thirty kernels of a piece takes a GPU's host as long as the GPU takes for millions of scores.
-SCORES_OF_A_CALL = {"cpu": 2**14}
-SCORES_OF_A_CALL_ELSEWHERE = 2**24
+
+class Limits(NamedTuple):
+    """Scores of attention, over images and heads, in a piece that is computed at a time."""
+
+    most: int
+    padding: int  #: for fewer a piece takes one more image: to start its kernels takes as long as these scores
+
+
+#: A few images, whose scores stay in the cache.
+ON_A_CPU = Limits(2**18, 2**14)
+#: Enough to keep an accelerator busy, in 64 MiB of float32. With the padding of a CPU training took two to three times
+#: as long on an H200.
+ELSEWHERE = Limits(2**24, 2**22)
 
 
 class _Part:
@@ -86,11 +91,15 @@ class Sheets:
         return bool(self.borderline.lengths) and max(self.borderline.lengths) > 0
 
 
-def cut(kept: Layout, borderline: Layout, heads: int) -> Sheets:
-    """Cut two sheets into pieces that attention takes one at a time."""
-    kind = kept.order.device.type
-    most = MOST_SCORES.get(kind, MOST_SCORES_ELSEWHERE) // heads
-    waste = SCORES_OF_A_CALL.get(kind, SCORES_OF_A_CALL_ELSEWHERE)
+def cut(kept: Layout, borderline: Layout, heads: int, limits: Limits | None = None) -> Sheets:
+    """Cut two sheets into pieces that attention takes one at a time.
+
+    Args:
+        limits: of a piece; None for those of the device.
+    """
+    if limits is None:
+        limits = ON_A_CPU if kept.order.device.type == "cpu" else ELSEWHERE
+    most = limits.most // heads
     pieces: list[slice] = []
     rows, columns = 0, 0  # of the scores of one image, as padded in the piece that is being filled
     for image, (length, others) in enumerate(zip(kept.lengths, borderline.lengths, strict=True)):
@@ -99,7 +108,7 @@ def cut(kept: Layout, borderline: Layout, heads: int) -> Sheets:
         grown = max(rows, length), max(columns, length + others)
         area, images = grown[0] * grown[1], image - first
         padding = images * (area - rows * columns) + area - own
-        if images and ((images + 1) * area <= most and heads * padding <= waste):
+        if images and ((images + 1) * area <= most and heads * padding <= limits.padding):
             pieces[-1] = slice(first, image + 1)
             rows, columns = grown
         else:

@@ -9,7 +9,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from sparse_trainer.budget import count_units, neurons_together
+from sparse_trainer.budget import count_neurons, count_units, neurons_together
 from sparse_trainer.falling import FallingBudget
 from sparse_trainer.live_units import LiveUnits, Swap
 from sparse_trainer.report import BlockUpdate
@@ -111,7 +111,7 @@ class UnitGroups:
         made.model, made.config, made.blocks = model, config, find_blocks(model)
         made.falls = dict(falls or {})
         made.groups, made.dense = [], {}
-        asked: dict[str, list[tuple[int, int]]] = {"head": [], "neuron": []}
+        asked: dict[str, list[tuple[int, int, int]]] = {"head": [], "neuron": []}  # to the unit, rounded, here
         for name, block in made.blocks.items():
             for group, live, totals, density in (
                 (block.heads, given.live_heads, given.dense_heads, config.head_density),
@@ -123,14 +123,13 @@ class UnitGroups:
                         f"resume_from: {name} has {group.count()} {group.kind}s, and {len(here)} of {total} are live"
                     )
                 made.dense[name, group.kind] = total
-                if (name, group.kind) in made.falls:
-                    asked[group.kind].append((len(here), len(here)))
-                else:
-                    count = count_units(density, total, group.kind)
-                    if group.kind == "neuron" and abs(count - len(here)) < neurons_together(total, config.pattern_rows):
-                        count = len(here)  # rounded, now or when the file was made
-                    asked[group.kind].append((count, len(here)))
-                if config.unit_distribution == "uniform" and asked[group.kind][-1][0] != len(here):
+                exact = rounded = len(here)
+                if (name, group.kind) not in made.falls:
+                    exact = rounded = count_units(density, total, group.kind)
+                    if group.kind == "neuron":  # of older files they were not rounded
+                        rounded = count_neurons(density, total, config.pattern_rows)
+                asked[group.kind].append((exact, rounded, len(here)))
+                if config.unit_distribution == "uniform" and len(here) not in (exact, rounded):
                     raise ValueError(
                         f"resume_from: {len(here)} of {total} {group.kind}s of {name} are live, and the configuration "
                         f"asks for {density} of them; give {group.kind}_density={len(here) / total:.4g}"
@@ -141,11 +140,11 @@ class UnitGroups:
                     if remember:
                         units.remember_first(dict(model.named_parameters()))
                     made.groups.append(units)
-        for kind, pairs in asked.items():
-            wanted, here_in_all = (sum(column) for column in zip(*pairs, strict=True))
-            if wanted != here_in_all:
+        for kind, numbers in asked.items():
+            exact, rounded, here_in_all = (sum(column) for column in zip(*numbers, strict=True))
+            if config.unit_distribution != "uniform" and here_in_all not in (exact, rounded):
                 raise ValueError(
-                    f"resume_from: {here_in_all} {kind}s are live in all, and {kind}_density asks for {wanted}"
+                    f"resume_from: {here_in_all} {kind}s are live in all, and {kind}_density asks for {rounded}"
                 )
         return made
 
@@ -260,7 +259,7 @@ def spread(
         mine = [index for index, (group, _) in enumerate(wanted) if group.kind == kind]
         least = [1 if kind == "head" else math.ceil(config.floor * wanted[i][1]) or 1 for i in mine]
         counts = [wanted[i][1] for i in mine]
-        alike = [neurons_together(wanted[i][0].count()) if kind == "neuron" else 1 for i in mine]
+        alike = [neurons_together(wanted[i][0].count(), config.pattern_rows) if kind == "neuron" else 1 for i in mine]
         together = alike[0] if len(set(alike)) == 1 else 1
         for index, units in zip(mine, spread_by_score([scores[i] for i in mine], counts, least, together), strict=True):
             best[index] = units

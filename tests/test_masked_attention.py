@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from models import masked_attention
-from models.masked_attention import MaskedAttention, Sheets, attend_from_borderline, class_attention_masked, cut
+from models.masked_attention import (
+    ELSEWHERE,
+    Limits,
+    MaskedAttention,
+    Sheets,
+    attend_from_borderline,
+    class_attention_masked,
+    cut,
+)
 from models.packing import lay_out
 from tests.masked_reference import masked_attention_weights
 
@@ -19,11 +26,11 @@ TOKENS, HEADS, WIDTH = 7, 2, 3
 kinds = st.lists(st.lists(st.sampled_from("kkbg"), min_size=TOKENS - 1, max_size=TOKENS - 1), min_size=1, max_size=6)
 
 
-def sheets_of(kinds: Sequence[Sequence[str]]) -> tuple[Sheets, Tensor, Tensor]:
+def sheets_of(kinds: Sequence[Sequence[str]], limits: Limits | None = None) -> tuple[Sheets, Tensor, Tensor]:
     """The class token is kept; of the others each is kept (k), borderline (b) or gone (g)."""
     kept = torch.tensor([[True, *(kind == "k" for kind in image)] for image in kinds])
     close = torch.tensor([[False, *(kind == "b" for kind in image)] for image in kinds])
-    return cut(*lay_out(kept, close), HEADS), kept, close
+    return cut(*lay_out(kept, close), HEADS, limits), kept, close
 
 
 def dense(seed: int, images: int) -> list[Tensor]:
@@ -36,9 +43,7 @@ def dense(seed: int, images: int) -> list[Tensor]:
 @given(kinds=kinds, seed=st.integers(0, 1000))
 def test_outputs_and_gradients_are_those_of_the_formula(padding: int, kinds: list[list[str]], seed: int) -> None:
     """Of queries, keys, values and the mask, for kept and borderline tokens, whether images share a piece or not."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(masked_attention.SCORES_OF_A_CALL, "cpu", padding)
-        sheets, kept, close = sheets_of(kinds)
+    sheets, kept, close = sheets_of(kinds, Limits(2**18, padding))
     query, key, value, seen = (x.requires_grad_() for x in dense(seed, len(kinds)))
     mask = kept.double().requires_grad_()
 
@@ -69,10 +74,7 @@ def test_outputs_and_gradients_are_those_of_the_formula(padding: int, kinds: lis
 @settings(max_examples=60, deadline=None)
 @given(kinds, st.integers(0, 200), st.integers(0, 400))
 def test_pieces_hold_every_image_once_and_not_too_many(kinds: list[list[str]], padding: int, most: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(masked_attention.SCORES_OF_A_CALL, "cpu", padding)
-        patch.setitem(masked_attention.MOST_SCORES, "cpu", most)
-        sheets, _, _ = sheets_of(kinds)
+    sheets, _, _ = sheets_of(kinds, Limits(most, padding))
     assert sum(part.images for part, _ in sheets.pieces) == len(kinds)
     for sheet, parts in zip((sheets.kept, sheets.borderline), zip(*sheets.pieces, strict=True), strict=True):
         ends = [0]
@@ -99,3 +101,11 @@ def test_a_dropped_token_of_great_score_is_bounded() -> None:
     (gradient,) = torch.autograd.grad(output.sum() + row[1].sum(), other_mask)
     assert bool(gradient.isfinite().all())
     assert 0 < gradient.abs() < 1e8
+
+
+def test_an_accelerator_gets_few_pieces() -> None:
+    """256 images that keep about 70 % of 197 tokens, 6 heads: what a GPU gets in two pieces was cut into 18."""
+    keep = torch.rand(256, 197, generator=torch.Generator().manual_seed(0)) < 0.7
+    layouts = lay_out(keep, torch.zeros_like(keep))
+    assert len(cut(*layouts, 6, ELSEWHERE).pieces) == 2
+    assert len(cut(*layouts, 6, ELSEWHERE._replace(padding=2**14)).pieces) == 18

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from sparse_trainer import MaskUpdate, SparsityConfig, SparsityScheduler
+from sparse_trainer import LiveNetwork, MaskUpdate, SparsityConfig, SparsityScheduler
 from sparse_trainer.live_units import LiveUnits
 from sparse_trainer.unit_scores import gate_scores, probing
-from sparse_trainer.units import find_blocks
+from sparse_trainer.units import compact, find_blocks
 from tests.conftest import TINY
 from tests.test_scheduler import assert_invariants
 
@@ -657,3 +657,40 @@ def test_by_default_heads_come_that_never_lived() -> None:
     assert sum(len(seen[name] - first[name]) for name in first) >= 7, "of 9 slots; 3 were asked for"
     assert (config.swap_of("head"), config.swap_of("neuron")) == ("explore", "if_better")
     assert SparsityConfig(swap="always").swap_of("head") == "always"
+
+
+def of_wide_blocks(*lengths: int) -> tuple[nn.Module, LiveNetwork]:
+    """Blocks of 512 neurons, of which so many live, as a network that was trained to that."""
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 4, "mlp_ratio": 512 / 48}
+    model = timm.create_model("deit_tiny_patch16_224", depth=len(lengths), **sizes)
+    live = {f"blocks.{number}": tuple(range(length)) for number, length in enumerate(lengths)}
+    compact(model, {name: range(3) for name in live}, {name: range(len(units)) for name, units in live.items()})
+    return model, LiveNetwork({}, live_neurons=live, dense_neurons=dict.fromkeys(live, 512))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "distribution"),
+    [
+        ((307, 307), "uniform"),  # of a file from before neurons came in eights
+        ((304, 304), "uniform"),
+        ((312, 296), "global"),
+        ((311, 297), "global"),  # one within eight of its share, the other too
+        ((301, 313), "global"),
+        ((210, 404), "global"),
+    ],
+)
+def test_a_wide_network_goes_on_whether_its_neurons_come_in_eights_or_not(
+    lengths: tuple[int, ...], distribution: str
+) -> None:
+    model, live = of_wide_blocks(*lengths)
+    config = SparsityConfig(density=None, neuron_density=0.6, unit_distribution=distribution, updates=2)
+    scheduler = SparsityScheduler(model, config, total_steps=10, resume_from=live)
+    assert tuple(len(units) for units in scheduler.live_neurons.values()) == lengths
+
+
+@pytest.mark.parametrize(("lengths", "distribution"), [((306, 306), "uniform"), ((304, 305), "global")])
+def test_another_number_of_neurons_is_refused(lengths: tuple[int, ...], distribution: str) -> None:
+    model, live = of_wide_blocks(*lengths)
+    config = SparsityConfig(density=None, neuron_density=0.6, unit_distribution=distribution, updates=2)
+    with pytest.raises(ValueError, match=r"resume_from: .*neuron"):
+        SparsityScheduler(model, config, total_steps=10, resume_from=live)

@@ -20,7 +20,7 @@ from experiments.evaluation.precision import narrow, precision_context
 from experiments.training.losses import distillation_loss
 from models import create_model
 from sparse_trainer import SparsityConfig, SparsityScheduler, flops
-from sparse_trainer.budget import count_neurons
+from sparse_trainer.budget import count_neurons, count_units
 from sparse_trainer.patterns import read_pattern
 from sparse_trainer.units import compact, find_blocks
 
@@ -162,15 +162,26 @@ def make_small(setting: Setting, structure: Structure, selector: dict[str, Any] 
     """A compact model; which units it holds does not matter to its speed.
 
     Raises:
-        ConfigError: there is no such model, or its heads and neurons are not laid out as known here.
+        ConfigError: there is no such model, its heads and neurons are not laid out as known here, or none is left.
     """
     model = make_model(setting, selector)
     with naming("model"):
-        blocks = find_blocks(model)
-    heads = {name: range(max(1, int(structure.heads * block.heads.count() + 0.5))) for name, block in blocks.items()}
-    neurons = {name: range(count_neurons(structure.neurons, block.neurons.count())) for name, block in blocks.items()}
-    compact(model, heads, neurons)
+        keep_first_units(model, structure.heads, structure.neurons)
     return model
+
+
+def keep_first_units(model: nn.Module, heads: float, neurons: float) -> None:
+    """Keep these shares of the heads and neurons of each block, the first ones, in place: for what they cost.
+
+    Raises:
+        ValueError: none would be left, or they are not laid out as known here.
+    """
+    blocks = find_blocks(model)
+    compact(
+        model,
+        {name: range(count_units(heads, block.heads.count(), "head")) for name, block in blocks.items()},
+        {name: range(count_neurons(neurons, block.neurons.count())) for name, block in blocks.items()},
+    )
 
 
 def macs_of(model: nn.Module, structure: Structure) -> float:

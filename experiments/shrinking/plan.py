@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from experiments.benchmarks.inference import calibrate
+from experiments.benchmarks.setting import keep_first_units
 from experiments.errors import ConfigError
 from models import SelectorConfig
 from models.sparse_deit import add_selector
 from sparse_trainer import SparsityConfig, flops
-from sparse_trainer.budget import count_neurons, count_units
-from sparse_trainer.units import compact, find_blocks
+from sparse_trainer.units import find_blocks
 
 LEAST_SHARE = 0.1
 """Of the heads and of the neurons that stay, in any plan."""
@@ -226,12 +226,7 @@ def _with_units(shares: Shares, share: float, target: Target, key: str) -> Plan:
 def make_compact(model: nn.Module, heads: float, neurons: float) -> nn.Module:
     """A copy with these shares of the heads and neurons of each block, the first ones: for what they cost."""
     small = copy.deepcopy(model)
-    blocks = find_blocks(small)
-    compact(
-        small,
-        {name: range(count_units(heads, block.heads.count(), "head")) for name, block in blocks.items()},
-        {name: range(count_neurons(neurons, block.neurons.count())) for name, block in blocks.items()},
-    )
+    keep_first_units(small, heads, neurons)
     return small
 
 

@@ -116,7 +116,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["overhead", "--batch_size", "0"], "batch_size: 0 is not positive"),
         (["overhead", "--density", "0"], "density: 0.0 is not a share in (0, 1]"),
         (["train", "--heads", "2"], "heads: 2.0 is not a share in (0, 1]"),
-        (["train", "--neurons", "0.0001"], "0.0001 of 1536 neurons leaves none"),
+        (["train", "--neurons", "0.0001"], "model: neuron_density: 0.0001 of 1536 neurons leaves none"),
         (["train", "--threads", "0"], "threads: 0 is not positive"),
         (["train", "--pairs", "many"], "--pairs: 'many' is not a whole number"),
         (["train", "--pair", "1"], "pair: unknown key; did you mean pairs?"),

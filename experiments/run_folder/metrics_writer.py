@@ -30,9 +30,8 @@ MOST_POINTS = 2048
 """Of a curve that is remembered; then every second one is forgotten."""
 
 
-COLOURS, FEW_COLOURS = 192, 16
-"""Of a picture, at most; few where there are many pictures of few colours: half a byte a pixel is written in half of
-the time, most of which TensorBoard's checksum takes."""
+COLOURS = 192
+"""Of a picture, at most."""
 NO_CHARTS = ("budget/", "weights_by_layer/churn/", "weights_by_layer/threshold/", "heads/swapped/", "neurons/swapped/")
 """Beginnings of tags that have no chart in TensorBoard: the budget, a flat line, is in its text, and single layers and
 blocks would be dozens of charts, which the overview shows in one picture."""
@@ -230,10 +229,7 @@ class MetricsWriter(SummaryWriter):
             pixels = (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
         picture = Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
         encoded = io.BytesIO()
-        few = tag.startswith("masks/evolution/")
-        picture.quantize(FEW_COLOURS if few else COLOURS, method=Image.Quantize.FASTOCTREE).save(
-            encoded, "PNG", compress_level=4
-        )
+        picture.quantize(COLOURS, method=Image.Quantize.FASTOCTREE).save(encoded, "PNG", compress_level=4)
         image = Summary.Image(
             height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
         )

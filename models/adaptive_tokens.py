@@ -19,7 +19,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.blocks import attend_scored, draw_depth, finish, of_tokens, project, run_block
+from models.blocks import attend_scored, draw_depth, finish, kernel_of, of_tokens, project, run_block
 from models.fusing import fuse_on_sheet
 from models.masked_attention import (
     MaskedAttention,
@@ -188,7 +188,7 @@ def _run_block(
         normed, query, key, value = project(block, tokens.sheet)
         query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of q and k under autocast gives float32
         if sheets is None:
-            context = attend(query, key, value, layout)
+            context = attend(query, key, value, layout, kernel_of(cast(Attention, block.attn)))
             class_row = class_attention_packed(query, key, layout) if scored is not None else None
             sheet = finish(block, tokens.sheet, normed, context, of_tokens(depth, layout))
             return sheet, None, _scores(class_row, context, scored)

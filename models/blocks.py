@@ -14,7 +14,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.packing import Layout
+from models.packing import Kernel, Layout
 from models.scores import class_attention, head_weighted_scores
 
 #: Query, key and value ``[..., H, dh]`` to the mixed values ``[..., H, dh]`` and scores (None: not asked).
@@ -79,9 +79,19 @@ def run_block(block: Block, x: Tensor, attend_to: Attend) -> tuple[Tensor, Tenso
     return finish(block, x, normed, context), scores
 
 
+def kernel_of(attn: Attention) -> Kernel | None:
+    """The kernel that computes a block's attention for inference, where somebody gave it one (``attn.kernel``)."""
+    return getattr(attn, "kernel", None)
+
+
 def attend_fused(attn: Attention, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
     """timm's attention over ``[B, N, H, dh]``, with a bias on the scores if given."""
     query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of q and k under autocast gives float32
+    kernel = kernel_of(attn)
+    if kernel is not None and bias is None:
+        images, tokens = value.shape[:2]
+        sheets = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+        return kernel(*sheets, (tokens,) * images).unflatten(0, (images, tokens))
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     dropout = attn.attn_drop.p if attn.training else 0.0
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout).transpose(1, 2)

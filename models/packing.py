@@ -7,6 +7,7 @@ where it has no kernel for sequences of unequal length.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -19,6 +20,9 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
     varlen_attn = None  # type: ignore[assignment]
+
+#: Attention by a kernel of the caller: query, key and value ``[S, H, dh]`` of one type, and the tokens of each image.
+Kernel = Callable[[Tensor, Tensor, Tensor, Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -156,16 +160,19 @@ def unpad(rows: Tensor, layout: Layout) -> Tensor:
     return rows.flatten(0, 1).index_select(0, layout.image * rows.shape[1] + layout.position)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, layout: Layout, kernel: Kernel | None = None) -> Tensor:
     """Attention within each image of a sheet.
 
     Args:
         query, key, value: ``[S, H, dh]``.
+        kernel: that computes it, in the place of those of torch.
 
     Returns:
         ``[S, H, dh]``.
     """
     query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of q and k under autocast gives float32
+    if kernel is not None:
+        return kernel(query, key, value, layout.lengths)
     if not value.is_cuda or len(set(layout.lengths)) == 1:
         return attend_by_length(query, key, value, layout)
     if has_varlen_kernel(value):

@@ -11,6 +11,8 @@ import timm
 import torch
 from torch import nn
 
+from sparse_trainer.kernels import library
+
 TINY = {
     "img_size": 16,
     "patch_size": 4,
@@ -28,6 +30,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 """For tests that hold on both; on a machine without a GPU the second one is skipped."""
+
+TARGETS = [library.NATIVE, ("-mavx2", "-mfma", "-mno-avx512f"), ("-mno-avx",)]
+"""Instructions to compile kernels for: this processor's, registers of 8 numbers, registers of 4."""
+
+
+@pytest.fixture(scope="session", params=TARGETS, ids=["native", "avx2", "sse"])
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> library.Library:
+    """The compiled kernels; processes that share the tests share them too."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "kernels"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return library.open_library(library.build(request.param, folder))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

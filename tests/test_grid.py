@@ -178,6 +178,8 @@ def test_a_grid_runs_goes_on_and_reports(
     assert main([*options, "--report-only", "--measure"]) == 0
     content = json.loads((tmp_path / "results" / "small.json").read_text())
     assert content["speeds"]["entries"]["half"]["step_seconds"] > 0
+    assert content["speeds"]["entries"]["half"]["kernels_ratio"] > 0
+    assert "| with kernels |" in (tmp_path / "results" / "small.md").read_text()
     assert content["speeds"]["entries"]["half"]["kept"] is None
     assert content["speeds"]["entries"]["tokens"]["kept"]["patches"] == 16
     assert "Patches that images keep" in (tmp_path / "results" / "small.md").read_text()

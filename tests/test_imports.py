@@ -60,6 +60,7 @@ FLOORS = {
         "kernels.masking": 1,
         "kernels.packed": 1,
         "kernels.layers": 2,
+        "kernels.attention": 3,
         "kernels.on_gpu": 3,
         "kernels.accelerate": 4,
         "files.whole_file": 6,

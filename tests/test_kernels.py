@@ -34,15 +34,6 @@ from sparse_trainer.kernels.layers import CompressedRows, SparseLinear, SparsePa
 from tests.conftest import TINY
 
 Factory = Callable[..., nn.Module]
-TARGETS = [library.NATIVE, ("-mavx2", "-mfma", "-mno-avx512f"), ("-mno-avx",)]
-"""Instructions to compile for: this processor's, registers of 8 numbers, registers of 4."""
-
-
-@pytest.fixture(scope="module", params=TARGETS, ids=["native", "avx2", "sse"])
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> library.Library:
-    folder = tmp_path_factory.mktemp("kernels")
-    folder.chmod(0o700)
-    return library.open_library(library.build(request.param, folder))
 
 
 def draw_mask(outputs: int, inputs: int, rows: int, density: float, generator: torch.Generator) -> Tensor:
@@ -206,7 +197,7 @@ def test_an_accelerated_model_computes_the_same(kind: str, selector: Any) -> Non
         single = torch.cat([fast(image[None]) for image in images])
     torch.testing.assert_close(single, wanted, atol=1e-5, rtol=1e-5)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert [choice.layer for choice in fast.kernel_choices] == (
+    assert [choice.layer for choice in fast.kernel_choices if choice.kernel != "attention"] == (
         [] if kind == "dense" else [name.removesuffix(".weight") for name in masks]
     )
     if kind == "sparse":

@@ -241,12 +241,14 @@ def to_markdown(name: str, report: Mapping[str, Any]) -> str:
 def _table(report: Mapping[str, Any]) -> list[str]:
     """One line for each entry."""
     measured = report["speeds"].get("entries", {})
+    kernels = any("kernels_ratio" in speed for speed in measured.values())
     falls = falls_in(report["rows"])
     lines = [
         "| | seeds | top-1 | difference | loss | difference | live | MACs |"
         + " in training |" * falls
-        + " step time | throughput |" * bool(measured),
-        "|---|---|---|---|---|---|---|---|" + "---|" * falls + "---|---|" * bool(measured),
+        + " step time | throughput |" * bool(measured)
+        + " with kernels |" * kernels,
+        "|---|---|---|---|---|---|---|---|" + "---|" * falls + "---|---|" * bool(measured) + "---|" * kernels,
     ]
     rows = list(report["rows"])
     if falls:
@@ -266,6 +268,8 @@ def _table(report: Mapping[str, Any]) -> list[str]:
         if measured:
             speed = measured.get(row["entry"])
             line += f" {speed['step_ratio']:.2f} | {speed['throughput_ratio']:.2f} |" if speed else " | |"
+        if kernels:
+            line += f" {speed['kernels_ratio']:.2f} |" if speed and "kernels_ratio" in speed else " |"
         lines.append(line)
     return lines
 
@@ -295,11 +299,17 @@ def _difference(row: Mapping[str, Any], key: str, digits: int) -> str:
 def _speed_notes(baseline: str, speeds: Mapping[str, Any]) -> list[str]:
     """How the time was taken, and the patches that are kept where every image has its own number."""
     machine, base = speeds["machine"], speeds["baseline"]
+    kernels = any("kernels_ratio" in speed for speed in speeds["entries"].values())
+    dead = (
+        "Single dead weights save neither in torch's kernels. The last column is the throughput with `--kernels auto`, "
+        "over the same dense network in torch's."
+    )
     lines = [
         f"Step time and throughput are ratios to `{baseline}`, medians of {speeds['pairs']} alternating pairs in one "
         f"run on {machine['device']}, {machine['threads']} threads ({machine['instructions']}), in {speeds['amp']}: a "
         f"training step takes {1e3 * base['step_seconds']:.1f} ms there, and {base['throughput']:,.0f} images a second "
-        f"are classified in batches of {speeds['batch_size']}. Single dead weights save neither."
+        f"are classified in batches of {speeds['batch_size']}. "
+        + (dead if kernels else "Single dead weights save neither.")
     ]
     kept = [(entry, speed["kept"]) for entry, speed in speeds["entries"].items() if speed.get("kept")]
     if kept:

@@ -17,8 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparse_trainer.kernels import on_gpu
+from sparse_trainer.kernels.attention import attention, find_attention, with_kernel
 from sparse_trainer.kernels.layers import FOR_INFERENCE, CompressedRows, SparseLinear, SparsePatches
 from sparse_trainer.kernels.library import KernelError, Library, load_library
 from sparse_trainer.kernels.packed import DTYPES, block_rows, pack
@@ -29,6 +31,8 @@ LEAST_GAIN = 1.03
 PAIRS = 5
 ROWS = 1024
 """Tokens that a candidate is timed with, at most."""
+SOME_TOKENS = 197
+"""Of an image, where a model does not say."""
 FEW_LIVE = 0.2
 """Density up to which compressed rows may be worth trying."""
 
@@ -38,7 +42,7 @@ class Choice:
     """What one layer computes with."""
 
     layer: str
-    kernel: str  #: ``dense``, ``16x1``, ``1x1``, ``csr``, ``2:4`` or ``bsr 32x32``
+    kernel: str  #: ``dense``, ``16x1``, ``1x1``, ``csr``, ``2:4``, ``bsr 32x32``; or ``attention``
     density: float
     speedup: float | None  #: over the dense product where it was timed
 
@@ -54,7 +58,8 @@ def accelerate(
     """A copy of a model for inference, whose layers skip dead weights. The model itself stays as it is.
 
     Every ``Linear`` with a mask may be replaced, and a patch embedding whose stride is its kernel. An activation that
-    follows ``fc1`` of timm's ``Mlp`` is computed with it. What was chosen is in ``result.kernel_choices``.
+    follows ``fc1`` of timm's ``Mlp`` is computed with it. On a CPU attention has a kernel too, with or without masks,
+    that takes images of unequal lengths at once. What was chosen is in ``result.kernel_choices``.
 
     Args:
         model: dense or compact, on its device; its dead weights are 0.
@@ -77,7 +82,7 @@ def accelerate(
     if odd:
         raise ValueError(f"masks: {odd[0]} is no parameter of this model, or of another shape")
     result: Any = copy.deepcopy(model).eval()
-    if kernels == "dense" or not masks:
+    if kernels == "dense":
         result.kernel_choices = ()
         return result
     result.requires_grad_(False)
@@ -86,7 +91,7 @@ def accelerate(
         library = load_library()
     except KernelError as error:
         why = str(error)
-    if why and next(iter(parameters.values())).device.type == "cpu":
+    if why and masks and next(iter(parameters.values())).device.type == "cpu":
         warnings.warn(why, stacklevel=2)
     chooser = _Chooser(library, kernels, rows, dtype)
     modules = dict(result.named_modules())
@@ -102,6 +107,8 @@ def accelerate(
             owner, _, leaf = layer_name.rpartition(".")
             setattr(result.get_submodule(owner), leaf, made)
     _fuse_activations(result)
+    if library is not None:
+        choices += chooser.choose_attention(library, result)
     result.kernel_choices = tuple(choices)
     result.train = MethodType(_train, result)
     return result
@@ -151,6 +158,40 @@ class _Chooser:
             made = SparsePatches(made, (height, width))
         return made, Choice(name, kernel, density, speedup)
 
+    def choose_attention(self, library: Library, model: nn.Module) -> list[Choice]:
+        """Let our kernel compute the attention of blocks where it is faster; which ones."""
+        known: dict[tuple[int, int], float | None] = {}
+        chosen = []
+        for name, attn in find_attention(model).items():
+            if self.dtype not in DTYPES or attn.qkv.weight.device.type != "cpu":
+                continue
+            size = attn.num_heads, attn.head_dim
+            if size not in known:
+                known[size] = None if self.kernels == "sparse" else self._time_attention(library, model, *size)
+            speedup = known[size]
+            if speedup is None or speedup >= LEAST_GAIN:
+                with_kernel(attn, library)
+                chosen.append(Choice(name, "attention", 1.0, speedup))
+        return chosen
+
+    @torch.inference_mode()
+    def _time_attention(self, library: Library, model: nn.Module, heads: int, width: int) -> float:
+        """How many times as fast as torch's our kernel is, for images of one length."""
+        embed = getattr(model, "patch_embed", None)
+        tokens = int(getattr(embed, "num_patches", 0)) + int(getattr(model, "num_prefix_tokens", 0)) or SOME_TOKENS
+        images = max(1, self.rows // tokens)
+        sheet = torch.randn(images * tokens, 3, heads, width).to(self.dtype)
+
+        def ours(sheet: Tensor) -> Tensor:
+            return attention(library, *sheet.unbind(1), (tokens,) * images)
+
+        def dense(sheet: Tensor) -> Tensor:
+            query, key, value = sheet.unflatten(0, (images, tokens)).transpose(1, 3).unbind(2)
+            return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(-1, heads, width)
+
+        medians = _alternate({"ours": ours, "dense": dense}, sheet)
+        return medians["dense"] / medians["ours"]
+
     def _candidates(self, linear: nn.Linear, mask: Tensor, density: float) -> dict[str, Callable[[], nn.Module]]:
         """What makes them, by name, the likeliest first."""
         if linear.weight.device.type == "cuda":
@@ -170,22 +211,24 @@ class _Chooser:
     @torch.inference_mode()
     def _time(self, linear: nn.Linear, found: Mapping[str, nn.Module]) -> tuple[str, float]:
         """The fastest, and how many times as fast as the dense layer; ``dense`` where that is it."""
-        device = linear.weight.device
-        x = torch.randn(self.rows, linear.in_features, device=device).to(self.dtype)
-        dense = copy.deepcopy(linear).to(self.dtype)
-        every: dict[str, Callable[[Tensor], Tensor]] = {"dense": dense, **found}
-        seconds: dict[str, list[float]] = {kernel: [] for kernel in every}
-        for _ in range(PAIRS + 1):
-            for kernel, run in every.items():
-                _wait(device)
-                started = time.perf_counter()
-                run(x)
-                _wait(device)
-                seconds[kernel].append(time.perf_counter() - started)
-        medians = {kernel: statistics.median(times[1:]) for kernel, times in seconds.items()}
+        x = torch.randn(self.rows, linear.in_features, device=linear.weight.device).to(self.dtype)
+        medians = _alternate({"dense": copy.deepcopy(linear).to(self.dtype), **found}, x)
         best = min(found, key=lambda kernel: medians[kernel])
         speedup = medians["dense"] / medians[best]
         return (best, speedup) if speedup >= LEAST_GAIN else ("dense", 1.0)
+
+
+def _alternate(every: Mapping[str, Callable[[Tensor], Tensor]], x: Tensor) -> dict[str, float]:
+    """Seconds that each takes for ``x``: medians of runs in turns, after one to warm up."""
+    seconds: dict[str, list[float]] = {kernel: [] for kernel in every}
+    for _ in range(PAIRS + 1):
+        for kernel, run in every.items():
+            _wait(x.device)
+            started = time.perf_counter()
+            run(x)
+            _wait(x.device)
+            seconds[kernel].append(time.perf_counter() - started)
+    return {kernel: statistics.median(times[1:]) for kernel, times in seconds.items()}
 
 
 def _compressed(linear: nn.Linear) -> nn.Module:

@@ -17,7 +17,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -27,6 +27,7 @@ from typing import Any
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno")
 NATIVE = ("-march=native",)
+SOURCES = ("products.cpp", "attention.cpp", "vectors.h")
 LIMIT = 120
 """Seconds that a compiler may take."""
 WITHOUT = "weights that are dead take as long as live ones"
@@ -71,7 +72,7 @@ def build(flags: Sequence[str] = NATIVE, folder: Path | None = None) -> Path:
         KernelError: there is no compiler, or it fails.
     """
     compiler = find_compiler()
-    source = resources.files(__package__).joinpath("products.cpp").read_bytes()
+    source = {name: resources.files(__package__).joinpath(name).read_bytes() for name in SOURCES}
     folder = cache_folder() if folder is None else folder
     path = folder / f"products-{_key(source, compiler, flags)}.so"
     if _is_trusted(path):
@@ -137,6 +138,10 @@ def open_library(path: Path) -> Library:
         shared: list[Any] = [pointer, size, pointer, pointer, pointer, pointer, pointer, size, size, size, size, size]
         functions.sparse_blocks.argtypes = [*shared, number, number, number, number, pointer, number]
         functions.sparse_any.argtypes = [*shared, number, number, number, pointer, number]
+        functions.sparse_attention.argtypes = [
+            *[pointer] * 6, *[size] * 4, ctypes.c_float, number, pointer, number
+        ]  # fmt: skip
+        functions.sparse_attention.restype = None
         functions.sparse_mask.argtypes = [pointer, pointer, size, pointer, number]
         functions.sparse_mask.restype = None
         lanes, tokens = int(functions.sparse_lanes()), int(functions.sparse_tokens())
@@ -163,13 +168,15 @@ def _openmp() -> int | None:
     return None
 
 
-def _compile(compiler: str, source: bytes, flags: Sequence[str], path: Path) -> None:
+def _compile(compiler: str, source: Mapping[str, bytes], flags: Sequence[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
-        code, made = Path(name) / "products.cpp", Path(name) / "products.so"
-        code.write_bytes(source)
+        made = Path(name) / "products.so"
+        for file, content in source.items():
+            (Path(name) / file).write_bytes(content)
+        code = [str(Path(name) / file) for file in source if file.endswith(".cpp")]
         problem = ""
         for target in (tuple(flags), ()):  # a compiler may not know the processor
-            command = [compiler, *FLAGS, *target, "-o", str(made), str(code)]
+            command = [compiler, *FLAGS, *target, "-o", str(made), *code]
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, check=False)
             except (OSError, subprocess.TimeoutExpired) as error:
@@ -186,13 +193,13 @@ def _compile(compiler: str, source: bytes, flags: Sequence[str], path: Path) -> 
         raise KernelError(f"{compiler} cannot build the kernels ({problem[:200]}), so {WITHOUT}")
 
 
-def _key(source: bytes, compiler: str, flags: Sequence[str]) -> str:
+def _key(source: Mapping[str, bytes], compiler: str, flags: Sequence[str]) -> str:
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, timeout=20, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         version = b""
     digest = hashlib.blake2b(digest_size=12)
-    for part in (source, repr((FLAGS, tuple(flags))).encode(), compiler.encode(), version, _processor()):
+    for part in (*source.values(), repr((FLAGS, tuple(flags))).encode(), compiler.encode(), version, _processor()):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 

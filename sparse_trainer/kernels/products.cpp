@@ -9,22 +9,11 @@
 // through the same operations in the same order, whatever stands beside it: its result does not depend on the batch. Tiles
 // are worked on by the threads of the OpenMP runtime that the caller hands over; without one, by this thread.
 //
-// Vectors are those of GCC and Clang, as wide as the target's registers. Nothing here knows torch or Python.
+// Nothing here knows torch or Python.
 
-#include <atomic>
-#include <cstdint>
-#include <cstring>
-#include <utility>
+#include "vectors.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
 
 // Tokens whose sums fit the vector registers, 32 or 16 of them, beside a weight.
 #if defined(__AVX512F__) || defined(__aarch64__)
@@ -32,52 +21,6 @@ constexpr int MOST_TOKENS = 14;
 #else
 constexpr int MOST_TOKENS = 12;
 #endif
-
-template <int N> struct VectorOf { typedef float type __attribute__((vector_size(N * 4), aligned(4), may_alias)); };
-template <int N> using Vector = typename VectorOf<N>::type;
-
-// Through the pointer, since a compiler that prefers half registers makes two moves and a detour over memory of a memcpy:
-// twenty times slower.
-template <int N> inline Vector<N> load(const float *from) { return *reinterpret_cast<const Vector<N> *>(from); }
-
-template <int N> inline void store(float *to, Vector<N> value) { *reinterpret_cast<Vector<N> *>(to) = value; }
-
-template <int N> inline Vector<N> broadcast(float value) { return value - Vector<N>{}; }
-
-struct BFloat16 { uint16_t bits; };
-
-inline float widen(float value) { return value; }
-inline float widen(BFloat16 value) {
-  uint32_t bits = uint32_t(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
-}
-
-inline void narrow(float value, float *to) { *to = value; }
-inline void narrow(float value, BFloat16 *to) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u)
-    bits |= 0x00400000u;  // NaN stays NaN
-  else
-    bits += 0x7fffu + ((bits >> 16) & 1u);  // to the nearest, ties to even
-  to->bits = uint16_t(bits >> 16);
-}
-
-template <int N> inline void store_outputs(float *to, Vector<N> value, int count) {
-  if (count >= N)
-    store<N>(to, value);
-  else
-    std::memcpy(to, &value, 4 * count);
-}
-
-template <int N> inline void store_outputs(BFloat16 *to, Vector<N> value, int count) {
-  float plain[N];
-  store<N>(plain, value);
-  for (int i = 0; i < N; i++)
-    if (i < count) narrow(plain[i], to + i);
-}
 
 // Activations ---------------------------------------------------------------------------------------------------------
 
@@ -114,13 +57,6 @@ template <int N> inline Vector<N> activate(Vector<N> x, int activation) {
 
 constexpr int LINE = 16;  // inputs in a line of cache; the tile of a block kernel holds LINE tokens of each of them
 
-template <int N> inline Vector<N> load_wide(const float *from) { return load<N>(from); }
-template <int N> inline Vector<N> load_wide(const BFloat16 *from) {
-  float wide[N];
-  for (int i = 0; i < N; i++) wide[i] = widen(from[i]);
-  return load<N>(wide);
-}
-
 // Tokens [count, in] of a sheet -> tile [in / LINE, LINE tokens, LINE]; those from `count` to `width` are 0.
 template <class E> void copy_tile(const E *x, int64_t stride, int count, int width, int64_t in, float *tile) {
   for (int64_t c = 0; c < in; c += LINE, tile += LINE * LINE) {
@@ -136,30 +72,6 @@ template <class E> void copy_tile(const E *x, int64_t stride, int count, int wid
       for (int i = 0; i < LINE; i++) tile[t * LINE + i] = 0.0f;
   }
 }
-
-#if defined(__clang__) || __GNUC__ >= 12
-// Of a square of N vectors, exchange the blocks of S rows and columns that lie across the diagonal.
-template <int N, int S, size_t... J> inline void exchange(Vector<N> &a, Vector<N> &b, std::index_sequence<J...>) {
-  const Vector<N> first = __builtin_shufflevector(a, b, (J & S ? int(J) - S + N : int(J))...);
-  b = __builtin_shufflevector(a, b, (J & S ? int(J) + N : int(J) + S)...);
-  a = first;
-}
-
-template <int N, int S> inline void transpose(Vector<N> *rows) {
-  if constexpr (S > 0) {
-    for (int i = 0; i < N; i++)
-      if (!(i & S)) exchange<N, S>(rows[i], rows[i + S], std::make_index_sequence<N>());
-    transpose<N, S / 2>(rows);
-  }
-}
-#else
-template <int N, int S> inline void transpose(Vector<N> *rows) {
-  float plain[N][N];
-  for (int i = 0; i < N; i++) store<N>(plain[i], rows[i]);
-  for (int i = 0; i < N; i++)
-    for (int j = 0; j < N; j++) rows[i][j] = plain[j][i];
-}
-#endif
 
 // Tokens [count, in] of a sheet -> tile [in, width], the places behind the last token 0. `width` is whole registers.
 template <class E> void transpose_tile(const E *x, int64_t stride, int count, int64_t in, int width, float *tile) {
@@ -329,8 +241,6 @@ template <int V, class E> void any_work(Job *job, float *tile) {
 }
 
 // Threads -------------------------------------------------------------------------------------------------------------
-
-typedef void (*Parallel)(void (*)(void *), void *, unsigned, unsigned);  // GOMP_parallel of an OpenMP runtime
 
 void thread_main(void *pointer) {
   Job *job = static_cast<Job *>(pointer);

@@ -1,0 +1,91 @@
+"""Attention over a sheet of tokens for inference on a CPU: images of unequal lengths in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from sparse_trainer.kernels.layers import InferenceOnly
+from sparse_trainer.kernels.library import Library
+from sparse_trainer.kernels.packed import DTYPES
+
+
+@torch.compiler.disable
+def attention(library: Library, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Attention within each image, ``softmax(q k^T / sqrt(dh)) v``; sums are in float32.
+
+    Args:
+        query, key, value: ``[S, H, dh]`` on the CPU, of one type; others than float32 and bfloat16 are computed in
+            float32.
+        lengths: tokens of each image, in the order of the sheet; together ``S``.
+
+    Returns:
+        ``[S, H, dh]``. That of an image does not depend on the others.
+    """
+    assert query.shape == key.shape == value.shape
+    assert query.dtype == key.dtype == value.dtype
+    assert sum(lengths) == len(value)
+    if value.dtype not in DTYPES:
+        return attention(library, query.float(), key.float(), value.float(), lengths).to(value.dtype)
+    query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
+    tokens, heads, width = value.shape
+    output = torch.empty(tokens, heads, width, dtype=value.dtype)
+    if output.numel() == 0:
+        return output
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    strides = torch.tensor([x.stride(dim) for x in (query, key, value) for dim in (0, 1)])
+    library.functions.sparse_attention(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
+        strides.data_ptr(),
+        output.data_ptr(),
+        starts.data_ptr(),
+        len(lengths),
+        heads,
+        width,
+        max(lengths),
+        width**-0.5,
+        int(value.dtype == torch.bfloat16),
+        library.parallel,
+        torch.get_num_threads(),
+    )
+    return output
+
+
+class KernelAttention(Attention):
+    """timm's attention by our kernel. ``kernel`` is there for models that mix the tokens of a sheet themselves."""
+
+    kernel: Any
+
+    def forward(self, x: Tensor, *masks: Any, **named: Any) -> Tensor:
+        """``[B, N, C]`` to ``[B, N, C]``; with a mask, as timm does it."""
+        if any(value is not None and value is not False for value in (*masks, *named.values())):
+            return cast(Tensor, super().forward(x, *masks, **named))
+        InferenceOnly.check_no_gradient(x)
+        images, tokens = x.shape[:2]
+        sheets = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = sheets.unbind(1)
+        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        mixed = self.norm(self.kernel(query, key, value, (tokens,) * images).flatten(1))
+        gate = getattr(self, "gate", None)  # of later timm releases
+        mixed = mixed.unflatten(0, (images, tokens))
+        if gate is not None:
+            mixed = mixed * gate(x).sigmoid()
+        return cast(Tensor, self.proj_drop(self.proj(mixed)))
+
+
+def with_kernel(attn: Attention, library: Library) -> None:
+    """Let a block's attention, timm's own class, be computed by our kernel from now on."""
+    attn.__class__ = KernelAttention
+    cast(KernelAttention, attn).kernel = partial(attention, library)
+
+
+def find_attention(model: nn.Module) -> dict[str, Attention]:
+    """By name, the attentions of a model that :func:`with_kernel` may change."""
+    return {name: module for name, module in model.named_modules() if type(module) is Attention}

@@ -42,7 +42,7 @@ def colours(age: Tensor) -> Tensor:
 
 
 def weights_picture(name: str, born: Tensor, now: int, step: int, side: int = 256) -> Tensor:
-    """One layer ``[3, H, W]`` in [0, 1]: outputs from top to bottom, inputs from left to right, coloured by age.
+    """One layer, uint8 ``[3, H, W]``: outputs from top to bottom, inputs from left to right, coloured by age.
 
     A large layer is reduced to means over square areas, so that neither side exceeds ``side``: the darker, the fewer of
     the weights under a pixel are live; the colour is their mean age. A small one is enlarged.
@@ -70,7 +70,7 @@ def weights_picture(name: str, born: Tensor, now: int, step: int, side: int = 25
 def units_picture(
     kind: str, born: Mapping[str, Mapping[int, int]], all_units: Mapping[str, int], now: int, step: int
 ) -> Tensor:
-    """Heads or neurons ``[3, H, W]`` in [0, 1]: a row per block, a column per unit of the dense block.
+    """Heads or neurons, uint8 ``[3, H, W]``: a row per block, a column per unit of the dense block.
 
     Live ones are coloured by age.
     """
@@ -140,5 +140,5 @@ def _key() -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """``[3, H, W]`` in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    """uint8 ``[3, H, W]``."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -34,7 +34,7 @@ Series = Mapping[str, Sequence[tuple[int, float]]]
 
 
 def overview(history: MaskHistory, curves: Mapping[str, Series], facts: str, all_heads: Mapping[str, int]) -> Tensor:
-    """``[3, H, 1200]`` in [0, 1].
+    """uint8 ``[3, H, 1200]``.
 
     From the top: the facts; a panel per group of curves; survival, churn and, where it changes, density of each layer
     (down) at each update (to the right); a lane per head, coloured by age, where some are dormant.

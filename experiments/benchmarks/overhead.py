@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import statistics
+import warnings
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from experiments.benchmarks.setting import Setting, Weights, make_batch, make_model, make_scheduler, training_step
+from experiments.benchmarks.setting import (
+    Setting,
+    Structure,
+    Weights,
+    make_batch,
+    make_model,
+    make_scheduler,
+    training_step,
+)
 from experiments.benchmarks.timing import Figure, summarize, timed
+from experiments.evaluation.precision import precision_context
+from sparse_trainer import MaskUpdate, SparsityConfig, SparsityScheduler
 from sparse_trainer.kernels.masking import mask_gradient, masking_library
+
+EVERY, RESHAPED = 4, 5
+"""Steps from one update of heads and neurons to the next, and how many of them are timed."""
 
 
 def benchmark_overhead(setting: Setting, weights: Weights) -> list[Figure]:
-    """A training step under the scheduler against the same step without it; an update; the memory of the masks.
+    """A training step under the scheduler against the same step without it; an update; one that moves heads and neurons
+    between blocks, in training steps; the memory of the masks.
 
     Args:
         setting: model, size, precision and number of pairs.
@@ -62,6 +78,7 @@ def benchmark_overhead(setting: Setting, weights: Weights) -> list[Figure]:
         Figure("training step", steps.second, "s", reference=steps.first, ratio=steps.ratio, ideal=1.0),
         Figure("masking all gradients", own, "s", reference=steps.first, ratio=own / steps.first),
         Figure("update", _update_seconds(setting, weights), "s"),
+        _reshaping_update(setting),
         Figure("prunable weights", prunable, ""),
         Figure("masks, per prunable weight", held / prunable, "bytes", ideal=1.0),
         Figure("exploration record, per prunable weight", explored / prunable, "bytes", ideal=0.125),
@@ -84,3 +101,40 @@ def _update_seconds(setting: Setting, weights: Weights) -> float:
         assert update is not None
         seconds.append(update.seconds)
     return statistics.median(seconds[1:])
+
+
+def _reshaping_update(setting: Setting) -> Figure:
+    """What a step takes longer, together with the next one, when its update gives blocks other numbers of heads and
+    neurons: in seconds, and as a ratio to a step. Code that was compiled is compiled again."""
+    model = make_model(setting).train()
+    kept = Structure()
+    config = SparsityConfig(
+        density=None,
+        head_density=kept.heads,
+        neuron_density=kept.neurons,
+        unit_distribution="global",
+        swap="explore",
+        update_every=EVERY,
+        stop_at=1.0,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "head_density: .* is rounded")  # which share it is matters little here
+        scheduler = SparsityScheduler(model, config, total_steps=EVERY * (RESHAPED + 2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    scheduler.attach(optimizer)
+    updates: list[MaskUpdate | None] = []
+    images, targets = make_batch(setting)
+    autocast = precision_context(setting.on, setting.amp)
+
+    def loss() -> Tensor:
+        with autocast():
+            return F.cross_entropy(model(images).float(), targets)
+
+    step = training_step(model, setting, lambda: updates.append(scheduler.step(loss)), optimizer)
+    seconds = [timed(step, setting.on) for _ in range(EVERY * (RESHAPED + 1))]
+    changed = [number for number, update in enumerate(updates) if update is not None and update.reshaped]
+    near = {number + after for number in changed for after in (0, 1)}
+    usual = statistics.median(time for number, time in enumerate(seconds) if number >= 2 and number not in near)
+    costs = [sum(seconds[number : number + 2]) - 2 * usual for number in changed]
+    cost = statistics.median(costs) if costs else 0.0
+    return Figure("update that moves heads and neurons", cost, "s", reference=usual, ratio=cost / usual)

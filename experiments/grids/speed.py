@@ -22,6 +22,7 @@ from experiments.evaluation.measuring import measure
 from experiments.evaluation.precision import precision_context
 from experiments.training.trainer import Trainer
 from models import create_model
+from models.threshold_selector import ThresholdSelector
 from sparse_trainer import accelerate
 from sparse_trainer.files.checkpoint import load_sparse, load_sparse_masks
 
@@ -49,14 +50,15 @@ def measure_speed(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
     device = torch.device(base.training.device)
     # Entries share their images, whose decoding takes longer than what is timed.
     open_data = cache(partial(create_data, device=base.training.device, seed=base.training.seed))
-    trainer, classify = _trainer(base, open_data(base.data)), _Classifier(folders[baseline], base, open_data(base.data))
+    trainer = _trainer(folders[baseline], base, open_data(base.data))
+    classify = _Classifier(folders[baseline], base, open_data(base.data))
     entries: dict[str, Any] = {}
     for entry, folder in folders.items():
         if entry == baseline:
             continue
         config = resolve(load_config(folder / "config.yaml"))
         data = open_data(config.data)
-        other = _trainer(config, data)
+        other = _trainer(folder, config, data)
         steps = paired(trainer.train_step, other.train_step, device=device, pairs=PAIRS, warmup=2, each=STEPS)
         small = _Classifier(folder, config, data)
         batches = paired(classify, small, device=device, pairs=PAIRS, warmup=2, each=STEPS)
@@ -80,11 +82,16 @@ def measure_speed(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
     }
 
 
-def _trainer(config: RunConfig, data: Data) -> Trainer:
-    """A run at its beginning."""
+def _trainer(folder: Path, config: RunConfig, data: Data) -> Trainer:
+    """A run at its beginning; with thresholds alone the network that it came to, since what a step takes depends on
+    what they have learned to drop."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return Trainer(config, data)
+        trainer = Trainer(config, data)
+    if isinstance(getattr(trainer.model, "selector", None), ThresholdSelector) and trainer.sparsity is None:
+        learned = load_sparse(folder / "sparse.safetensors", create_model=create_model, device=trainer.device)
+        trainer.model.load_state_dict(learned.state_dict())
+    return trainer
 
 
 class _Classifier:

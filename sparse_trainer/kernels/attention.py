@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -58,32 +59,30 @@ def attention(library: Library, query: Tensor, key: Tensor, value: Tensor, lengt
     return output
 
 
-class KernelAttention(Attention):
-    """timm's attention by our kernel. ``kernel`` is there for models that mix the tokens of a sheet themselves."""
-
-    kernel: Any
-
-    def forward(self, x: Tensor, *masks: Any, **named: Any) -> Tensor:
-        """``[B, N, C]`` to ``[B, N, C]``; with a mask, as timm does it."""
-        if any(value is not None and value is not False for value in (*masks, *named.values())):
-            return cast(Tensor, super().forward(x, *masks, **named))
-        InferenceOnly.check_no_gradient(x)
-        images, tokens = x.shape[:2]
-        sheets = self.qkv(x).flatten(0, 1).unflatten(-1, (3, self.num_heads, self.head_dim))
-        query, key, value = sheets.unbind(1)
-        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
-        mixed = self.norm(self.kernel(query, key, value, (tokens,) * images).flatten(1))
-        gate = getattr(self, "gate", None)  # of later timm releases
-        mixed = mixed.unflatten(0, (images, tokens))
-        if gate is not None:
-            mixed = mixed * gate(x).sigmoid()
-        return cast(Tensor, self.proj_drop(self.proj(mixed)))
-
-
 def with_kernel(attn: Attention, library: Library) -> None:
-    """Let a block's attention, timm's own class, be computed by our kernel from now on."""
-    attn.__class__ = KernelAttention
-    cast(KernelAttention, attn).kernel = partial(attention, library)
+    """Let a block's attention, timm's own class, be computed by our kernel from now on.
+
+    ``attn.kernel`` is there for models that mix the tokens of a sheet themselves.
+    """
+    module: Any = attn
+    module.kernel = partial(attention, library)
+    module.forward = MethodType(_forward, attn)
+
+
+def _forward(attn: Any, x: Tensor, *masks: Any, **named: Any) -> Tensor:
+    """timm's ``Attention.forward`` for ``[B, N, C]`` by the kernel; with a mask, as timm does it."""
+    if any(value is not None and value is not False for value in (*masks, *named.values())):
+        return cast(Tensor, type(attn).forward(attn, x, *masks, **named))
+    InferenceOnly.check_no_gradient(x)
+    images, tokens = x.shape[:2]
+    sheets = attn.qkv(x).flatten(0, 1).unflatten(-1, (3, attn.num_heads, attn.head_dim))
+    query, key, value = sheets.unbind(1)
+    query, key = attn.q_norm(query).to(value.dtype), attn.k_norm(key).to(value.dtype)
+    mixed = attn.norm(attn.kernel(query, key, value, (tokens,) * images).flatten(1)).unflatten(0, (images, tokens))
+    gate = getattr(attn, "gate", None)  # of later timm releases
+    if gate is not None:
+        mixed = mixed * gate(x).sigmoid()
+    return cast(Tensor, attn.proj_drop(attn.proj(mixed)))
 
 
 def find_attention(model: nn.Module) -> dict[str, Attention]:

@@ -6,12 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 import experiments
-from experiments.config.reading import create_parser, flatten, parse
+from experiments.config.reading import flatten
 from experiments.config.run_config import RunConfig
-from experiments.grids.grid import read_grid
 
 FOLDER = Path(experiments.__file__).parent
 TEXT = (FOLDER / "PARITY.md").read_text(encoding="utf-8")
@@ -66,19 +64,3 @@ def test_all_settings_of_the_data_have_a_place() -> None:
     sections = ("data.", "optimizer.", "schedule.", "training.", "losses.", "model.", "output.")
     missing = {name for name in settings() if name.startswith(sections) and f"`{name}`" not in TEXT}
     assert missing == own
-
-
-@pytest.mark.parametrize(
-    "path", sorted((FOLDER / "config" / "recipes" / "grids").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_every_entry_of_a_grid_is_a_configuration(path: Path, tmp_path: Path) -> None:
-    grid = read_grid(path)
-    for entry, changes in grid.entries.items():
-        arguments = ["--config", grid.recipe]
-        for name, content in (("common", grid.common), ("entry", changes)):
-            if content:
-                file = tmp_path / f"{name}.yaml"
-                file.write_text(yaml.safe_dump(dict(content)).replace("{seed}", "0"), encoding="utf-8")
-                arguments += ["--config", str(file)]
-        config, _ = parse(create_parser("train"), arguments)
-        assert config.recipe, entry

@@ -1,4 +1,5 @@
-"""``python -m experiments.grids.speed_picture GRID:ENTRY=LABEL,... --output FILE``: accuracy over measured throughput.
+"""``python -m experiments.grids.speed_picture GRID=TITLE:ENTRY=LABEL,... --output FILE``: accuracy over measured
+throughput.
 
 It reads the reports in ``experiments/results``; nothing is trained or timed. Needs matplotlib.
 """
@@ -42,15 +43,16 @@ def points_of(report: Mapping[str, Any], entries: Sequence[str]) -> list[tuple[s
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw a panel for each grid; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m experiments.grids.speed_picture", description=__doc__)
-    parser.add_argument("grids", nargs="+", metavar="GRID:ENTRY=LABEL,...")
+    parser.add_argument("grids", nargs="+", metavar="GRID=TITLE:ENTRY=LABEL,...")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
     panels = {}
     for argument in options.grids:
-        name, _, entries = argument.partition(":")
+        grid, _, entries = argument.partition(":")
+        name, _, title = grid.partition("=")
         try:
             report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-            panels[name] = points_of(report, entries.split(","))
+            panels[title or name] = points_of(report, entries.split(","))
         except (OSError, ValueError) as error:
             parser.error(f"{argument}: {error}")
     _draw(panels, options.output)

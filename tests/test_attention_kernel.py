@@ -18,6 +18,7 @@ from sparse_trainer.kernels import accelerate as accelerating
 from sparse_trainer.kernels.accelerate import describe_choices
 from sparse_trainer.kernels.attention import attention
 from sparse_trainer.kernels.library import Library
+from sparse_trainer.kernels.packed import product
 from tests.conftest import TINY
 
 
@@ -173,3 +174,22 @@ def test_auto_keeps_torch_where_it_is_faster(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(accelerating, "_alternate", lambda every, x, ratio=ratio: {"ours": 1.0, "dense": ratio})
         assert describe_choices(accelerate(tiny(), {})) == choices
     assert not any(hasattr(module, "kernel") for module in accelerate(tiny(), {}, kernels="dense").modules())
+
+
+def test_another_device_is_one_line_and_a_default_one_does_no_harm() -> None:
+    model = tiny()
+    masks = {"blocks.0.mlp.fc1.weight": torch.rand(96, 24) < 0.5}
+    with torch.no_grad():
+        model.get_parameter("blocks.0.mlp.fc1.weight").mul_(masks["blocks.0.mlp.fc1.weight"])
+    fast: Any = accelerate(model, masks, kernels="sparse")
+    x = torch.randn(2, 17, 24)
+    with torch.inference_mode():
+        wanted = fast.blocks[0](x)
+        with torch.device("meta"):  # what is made without a word about its place would be there
+            assert torch.equal(fast.blocks[0](x), wanted)
+        elsewhere = torch.empty(34, 24, device="meta")
+        said = "accelerated on the CPU and cannot run on meta; call accelerate"
+        with pytest.raises(RuntimeError, match=said):
+            product(fast.blocks[0].mlp.fc1.library, elsewhere, fast.blocks[0].mlp.fc1.packed)
+        with pytest.raises(RuntimeError, match=said):
+            fast.blocks[0].attn.kernel(*[elsewhere.view(34, 3, 8)] * 3, (17, 17))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_trainer.kernels.layers import InferenceOnly
 from sparse_trainer.kernels.library import Library
-from sparse_trainer.kernels.packed import DTYPES
+from sparse_trainer.kernels.packed import DTYPES, check_on_cpu
 
 
 @torch.compiler.disable
@@ -27,7 +27,11 @@ def attention(library: Library, query: Tensor, key: Tensor, value: Tensor, lengt
 
     Returns:
         ``[S, H, dh]``. That of an image does not depend on the others.
+
+    Raises:
+        RuntimeError: they are on another device.
     """
+    check_on_cpu(value)
     assert query.shape == key.shape == value.shape
     assert query.dtype == key.dtype == value.dtype
     assert sum(lengths) == len(value)
@@ -35,11 +39,11 @@ def attention(library: Library, query: Tensor, key: Tensor, value: Tensor, lengt
         return attention(library, query.float(), key.float(), value.float(), lengths).to(value.dtype)
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
     tokens, heads, width = value.shape
-    output = torch.empty(tokens, heads, width, dtype=value.dtype)
+    output = torch.empty(tokens, heads, width, dtype=value.dtype, device=value.device)
     if output.numel() == 0:
         return output
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    strides = torch.tensor([x.stride(dim) for x in (query, key, value) for dim in (0, 1)])
+    starts = torch.tensor([0, *lengths], device=value.device).cumsum(0)
+    strides = torch.tensor([x.stride(dim) for x in (query, key, value) for dim in (0, 1)], device=value.device)
     library.functions.sparse_attention(
         query.data_ptr(),
         key.data_ptr(),

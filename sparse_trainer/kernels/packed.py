@@ -145,6 +145,15 @@ def tile_of(tokens: int, threads: int, most: int = TILES[0]) -> int:
     return min((tile for tile in TILES if tile <= most), key=cost)
 
 
+def check_on_cpu(x: Tensor) -> None:
+    """Raises RuntimeError for a tensor that a kernel of the CPU cannot read."""
+    if x.device.type != "cpu":
+        raise RuntimeError(
+            f"this model was accelerated on the CPU and cannot run on {x.device}; call accelerate() or "
+            "load_sparse(path, kernels=...) for the device that it is to run on"
+        )
+
+
 @torch.compiler.disable
 def product(library: Library, x: Tensor, packed: Packed, activation: str = "none") -> Tensor:
     """``activation(x W^T + bias)`` for a sheet of tokens.
@@ -155,14 +164,18 @@ def product(library: Library, x: Tensor, packed: Packed, activation: str = "none
 
     Returns:
         ``[S, out]`` in the type of ``x``; sums are in float32.
+
+    Raises:
+        RuntimeError: ``x`` is on another device.
     """
+    check_on_cpu(x)
     assert x.ndim == 2
     assert x.shape[1] == packed.inputs
     assert x.dtype in DTYPES
     if x.stride(1) != 1:
         x = x.contiguous()
     tokens = x.shape[0]
-    y = torch.empty(tokens, packed.outputs, dtype=x.dtype)
+    y = torch.empty(tokens, packed.outputs, dtype=x.dtype, device=x.device)
     if tokens == 0:
         return y
     threads = torch.get_num_threads()

@@ -92,8 +92,7 @@ class SparsityConfig:
     unit_distribution: str = "uniform"
     """How live heads and neurons are spread over the blocks: uniform, the same share of each; by_score (with start:
     score, or unit_falls), as many in all, and where they matter most: none below one head and the floor of its neurons;
-    global: at every update the weakest of the network leave and the most promising come, in whichever block, so that
-    neurons do not stay in eights."""
+    global: at every update the weakest of the network leave and the most promising come, in whichever block."""
     first_weights: str = "drawn"
     """Where training starts from random weights: as they were drawn, for a dense layer; or rescaled, multiplied by
     1 / sqrt(density of the layer), so that a layer passes on as much variance as a dense one."""

@@ -29,7 +29,13 @@ class Move:
 
 
 def choose_moves(
-    groups: Sequence[LiveUnits], scores: Sequence[Scores], count: int, floors: Sequence[int], swap: str, probation: int
+    groups: Sequence[LiveUnits],
+    scores: Sequence[Scores],
+    count: int,
+    floors: Sequence[int],
+    swap: str,
+    probation: int,
+    together: int = 1,
 ) -> list[Move]:
     """Who leaves and who comes, over all groups of a kind: as many of the one as of the other.
 
@@ -38,6 +44,7 @@ def choose_moves(
     Args:
         count: how many are due, at most.
         floors: units that each group keeps at least.
+        together: no group becomes larger or smaller by another number than a multiple of it: fewer come and leave then.
     """
     live: list[tuple[float, int, int]] = []
     coming: list[tuple[float, float, int, int]] = []
@@ -64,16 +71,33 @@ def choose_moves(
         untried = [c for c in sorted(coming, key=lambda item: (-item[1], item[2], item[3])) if c[1] > 0]
         rest = [c[2:] for c in untried if c[2:] not in taken]
         pairs += list(zip(leaving[better:], rest, strict=False))
+    # Any of those that leave is weaker than any that is better, so they need not stay in pairs.
+    leave = [(group, slot) for (_, group, slot), _ in pairs]
+    come = [(group, place, number < better) for number, (_, (group, place)) in enumerate(pairs)]
+    net = in_whole([sum(c[0] == g for c in come) - sum(o[0] == g for o in leave) for g in range(len(groups))], together)
     moves = []
-    for index in range(len(groups)):
-        moves.append(
-            Move(
-                tuple(slot for (_, group, slot), _ in pairs if group == index),
-                tuple(place for _, (group, place) in pairs if group == index),
-                tuple(place for _, (group, place) in pairs[:better] if group == index and swap == "explore"),
-            )
-        )
+    for index, more in enumerate(net):
+        slots = [slot for group, slot in leave if group == index]
+        places = [(place, is_better) for group, place, is_better in come if group == index]
+        places, slots = places[: len(slots) + max(more, 0)], slots[: len(places) + max(-more, 0)]
+        writing = tuple(place for place, is_better in places if is_better and swap == "explore")
+        moves.append(Move(tuple(slots), tuple(place for place, _ in places), writing))
     return moves
+
+
+def in_whole(changes: Sequence[int], together: int) -> list[int]:
+    """Changes of groups, whose sum is 0, as multiples of ``together``, none greater and none with the other sign; their
+    sum is 0 again.
+
+    Example: 11, -5 and -6 by fours are 8, -4 and -4.
+    """
+    whole = [(abs(change) // together) * together * (1 if change > 0 else -1) for change in changes]
+    while sum(whole):
+        # The side that is too long gives up what it can, first where the least is lost.
+        sign = 1 if sum(whole) > 0 else -1
+        index = min((abs(value), index) for index, value in enumerate(whole) if value * sign > 0)[1]
+        whole[index] -= sign * together
+    return whole
 
 
 def _weakest(

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from sparse_trainer.budget import neurons_together
 from sparse_trainer.live_units import Swap
 from sparse_trainer.optimizer_state import Optimizers
 from sparse_trainer.unit_choice import choose
@@ -187,6 +188,7 @@ class UnitSwaps(UnitGroups):
         for kind in ("head", "neuron"):
             mine = [index for index in counts if self.groups[index].group.kind == kind]
             groups = [self.groups[index] for index in mine]
+            alike = {neurons_together(units.total, self.config.pattern_rows) for units in groups}
             floors = [1 if kind == "head" else math.ceil(self.config.floor * units.total) or 1 for units in groups]
             moves = choose_moves(
                 groups,
@@ -195,6 +197,7 @@ class UnitSwaps(UnitGroups):
                 floors,
                 self.config.swap_of(kind),
                 self.config.probation,
+                alike.pop() if kind == "neuron" and len(alike) == 1 else 1,
             )
             for index, units, what in zip(mine, groups, moves, strict=True):
                 if what.slots or what.places:

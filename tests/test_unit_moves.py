@@ -7,14 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sparse_trainer import SparsityConfig, SparsityScheduler
 from sparse_trainer.live_units import LiveUnits
 from sparse_trainer.optimizer_state import moments
-from sparse_trainer.unit_moves import Move, choose_moves
+from sparse_trainer.unit_moves import Move, choose_moves, in_whole
 from sparse_trainer.unit_scores import Scores
 from sparse_trainer.units import find_blocks, keep
 from tests.test_falling import one_step, prepare
@@ -64,6 +67,45 @@ def test_no_block_falls_below_its_floor(tiny_deit: Factory) -> None:
     assert not any(
         m.slots for m in choose_moves(groups, scores([0.1, 0.8, 0.7], [0.3, 0.9, 0.7]), 1, [1, 2], "always", 1)
     )
+
+
+def test_changes_in_whole_numbers_by_hand() -> None:
+    assert in_whole([11, -5, -6], 4) == [8, -4, -4]
+    assert in_whole([11, -9, -2], 4) == [8, -8, 0]
+    assert in_whole([7, 5, -12], 4) == [4, 4, -8], "what is too long gives up what it can"
+    assert in_whole([3, -3], 4) == [0, 0]
+    assert in_whole([5, -2, -3], 1) == [5, -2, -3]
+
+
+@given(st.lists(st.integers(-40, 40), min_size=1, max_size=8), st.integers(1, 9))
+def test_changes_in_whole_numbers(changes: list[int], together: int) -> None:
+    changes = [*changes, -sum(changes)]
+    found = in_whole(changes, together)
+    assert sum(found) == 0
+    assert all(value % together == 0 for value in found)
+    assert all(0 <= value <= change or change <= value <= 0 for value, change in zip(found, changes, strict=True))
+
+
+@pytest.mark.parametrize("swap", ["always", "if_better", "explore"])
+def test_neurons_of_wide_blocks_stay_in_eights(swap: str) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=192, depth=3)
+    config = SparsityConfig(
+        density=None, neuron_density=0.5, unit_distribution="global", swap=swap, update_every=1, drop_fraction=0.3
+    )
+    scheduler = SparsityScheduler(model, config, total_steps=20)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler.attach(optimizer)
+    images, targets = torch.randn(4, 3, 32, 32), torch.arange(4)
+    sizes, total = [], 3 * 384
+    for _ in range(6):
+        F.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+        scheduler.step(lambda: F.cross_entropy(model(images), targets))
+        optimizer.zero_grad()
+        sizes.append([block.mlp.fc1.out_features for block in model.blocks])
+    assert all(sum(found) == total for found in sizes)
+    assert all(size % 8 == 0 for found in sizes for size in found)
+    assert sizes[-1] != [384] * 3, "they move"
 
 
 CONFIGS: list[dict[str, Any]] = [

@@ -39,8 +39,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--kernels",
         choices=list(KERNELS),
         default="dense",
-        help="auto: the fastest product for each layer, of those that skip dead weights and the dense one (a CPU needs "
-        "a C++ compiler at the first use); sparse: skip them wherever that can be done",
+        help="auto: for each layer the fastest of the dense product and those that skip dead weights, and attention of "
+        "images of unequal lengths in one call (a CPU needs a C++ compiler at the first use); sparse: ours wherever "
+        "there is one",
     )
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     parser.add_class_arguments(DataConfig, "data", skip={*TRAINING_ONLY, *OF_THE_MODEL})

@@ -1,1 +1,1 @@
-"""Products that skip dead weights: kernels for the CPU, what torch has for a GPU, and the choice between them."""
+"""Products that skip dead weights, and attention: kernels for the CPU, what torch has for a GPU, and the choice."""

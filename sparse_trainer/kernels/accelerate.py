@@ -55,7 +55,7 @@ def accelerate(
     rows: int = ROWS,
     dtype: torch.dtype = torch.float32,
 ) -> nn.Module:
-    """A copy of a model for inference, whose layers skip dead weights. The model itself stays as it is.
+    """A copy of a model for inference, with the fastest kernels for its layers. The model itself stays as it is.
 
     Every ``Linear`` with a mask may be replaced, and a patch embedding whose stride is its kernel. An activation that
     follows ``fc1`` of timm's ``Mlp`` is computed with it. On a CPU attention has a kernel too, with or without masks,

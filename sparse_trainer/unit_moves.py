@@ -44,7 +44,8 @@ def choose_moves(
     Args:
         count: how many are due, at most.
         floors: units that each group keeps at least.
-        together: no group becomes larger or smaller by another number than a multiple of it: fewer come and leave then.
+        together: no group becomes larger or smaller by another number than a multiple of it; who cannot move then is
+            exchanged within the group, if that is better.
     """
     live: list[tuple[float, int, int]] = []
     coming: list[tuple[float, float, int, int]] = []
@@ -79,7 +80,17 @@ def choose_moves(
     for index, more in enumerate(net):
         slots = [slot for group, slot in leave if group == index]
         places = [(place, is_better) for group, place, is_better in come if group == index]
+        due = len(slots)
         places, slots = places[: len(slots) + max(more, 0)], slots[: len(places) + max(-more, 0)]
+        # Where fewer leave than were to, some may still give way to others of their own block.
+        weak = [(value, weakest) for value, group, weakest in sorted(live) if group == index and weakest not in slots]
+        coming_here = {place for place, _ in places}
+        strong = [(c[0], c[3]) for c in best if c[2] == index and c[3] not in coming_here]
+        for (value, weakest), (promise, strongest) in zip(weak, strong, strict=False):
+            if len(slots) >= due or (swap != "always" and not promise > value):
+                break
+            slots.append(weakest)
+            places.append((strongest, True))
         writing = tuple(place for place, is_better in places if is_better and swap == "explore")
         moves.append(Move(tuple(slots), tuple(place for place, _ in places), writing))
     return moves

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models import create_model
 from sparse_trainer import accelerate, flops
@@ -163,6 +165,74 @@ def test_a_mask_goes_to_timm() -> None:
         torch.testing.assert_close(attn(x), plain.blocks[0].attn(x), atol=1e-5, rtol=0)
 
 
+def test_no_gradient_on_the_sheet_either() -> None:
+    fast = accelerate(tiny(selector={"kind": "threshold", "stages": [1], "thresholds": [0.001]}), {}, kernels="sparse")
+    with pytest.raises(RuntimeError, match="no gradient passes here"):
+        fast(torch.randn(4, 1, 16, 16, requires_grad=True))
+
+
+def test_what_somebody_else_computes_or_looks_at_stays() -> None:
+    model: Any = tiny()
+    model.blocks[0].attn.forward = MethodType(
+        lambda self, x, *others, **named: torch.zeros_like(x), model.blocks[0].attn
+    )
+    seen: list[int] = []
+    model.blocks[1].attn.attn_drop.register_forward_hook(lambda *arguments: seen.append(1))
+    model.blocks[1].attn.fused_attn = False
+    images = torch.randn(2, 1, 16, 16)
+    fast = accelerate(model, {}, kernels="sparse")
+    assert describe_choices(fast) == "dense"
+    with torch.inference_mode():
+        assert torch.equal(fast(images), model(images))
+    assert len(seen) == 2
+
+
+def test_accelerated_again() -> None:
+    fast = accelerate(tiny(), {}, kernels="sparse")
+    plain: Any = accelerate(fast, {}, kernels="dense")
+    assert describe_choices(plain) == "dense"
+    assert not any("kernel" in vars(module) or "forward" in vars(module) for module in plain.blocks.modules())
+    assert describe_choices(accelerate(fast, {}, kernels="sparse")) == "attention: 2 layers"
+    plain.blocks[0].attn(torch.randn(2, 17, 24, requires_grad=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*")
+def test_who_only_looks_on_is_told(kernels: Library) -> None:
+    with pytest.raises(RuntimeError, match="cannot be traced"):
+        torch.jit.trace(lambda x: attention(kernels, x, x, x, (4,)), torch.randn(4, 2, 8))
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="fake tensors"):
+        attention(kernels, *[torch.randn(4, 2, 8)] * 3, (4,))
+
+
+def test_layers_that_are_no_linear_ones() -> None:
+    class Quantized(nn.Module):
+        """As torch's quantized layers, whose weight is a function."""
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def weight(self) -> None: ...
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x)  # type: ignore[no-any-return]
+
+    model: Any = tiny()
+    for block in model.blocks:
+        block.attn.qkv = Quantized(block.attn.qkv)
+    fast = accelerate(model, {}, kernels="sparse")
+    assert describe_choices(fast) == "attention: 2 layers"
+    images = torch.randn(2, 1, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(images), model(images), atol=1e-5, rtol=0)
+
+
+def test_the_lowest_scores(kernels: Library) -> None:
+    key = torch.tensor([-3.2e38, -3.3e38, -3.35e38]).view(3, 1, 1)
+    value = torch.tensor([1.0, 2.0, 4.0]).view(3, 1, 1)
+    assert attention(kernels, torch.ones(3, 1, 1), key, value, (3,)).flatten().tolist() == [1.0, 1.0, 1.0]
+
+
 def test_nobody_waits_for_a_gradient() -> None:
     attn: Any = accelerate(tiny(), {}, kernels="sparse").blocks[0].attn  # type: ignore[index, union-attr]
     with pytest.raises(RuntimeError, match="no gradient passes here"):
@@ -187,6 +257,7 @@ def test_another_device_is_one_line_and_a_default_one_does_no_harm() -> None:
         wanted = fast.blocks[0](x)
         with torch.device("meta"):  # what is made without a word about its place would be there
             assert torch.equal(fast.blocks[0](x), wanted)
+            torch.testing.assert_close(accelerate(model, masks).blocks[0](x), wanted)
         elsewhere = torch.empty(34, 24, device="meta")
         said = "accelerated on the CPU and cannot run on meta; call accelerate"
         with pytest.raises(RuntimeError, match=said):

@@ -77,6 +77,17 @@ def test_changes_in_whole_numbers_by_hand() -> None:
     assert in_whole([5, -2, -3], 1) == [5, -2, -3]
 
 
+def test_who_cannot_move_gives_way_within_the_block(tiny_deit: Factory) -> None:
+    """By twos nobody moves alone: the weakest of the first block gives way to that block's own candidate, if better."""
+    groups = groups_of(tiny_deit(), [[0, 1], [0, 1]])
+    found = scores([0.1, 0.5, 0.2], [0.3, 0.9, 0.7])
+    for swap in ("always", "if_better", "explore"):
+        moves = choose_moves(groups, found, 1, [1, 1], swap, 0, together=2)
+        assert [(move.slots, move.places) for move in moves] == [((0,), (0,)), ((), ())]
+    worse = scores([0.1, 0.5, 0.05], [0.3, 0.9, 0.7])
+    assert not any(move.slots for move in choose_moves(groups, worse, 1, [1, 1], "if_better", 0, together=2))
+
+
 @given(st.lists(st.integers(-40, 40), min_size=1, max_size=8), st.integers(1, 9))
 def test_changes_in_whole_numbers(changes: list[int], together: int) -> None:
     changes = [*changes, -sum(changes)]

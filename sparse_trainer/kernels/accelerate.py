@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_trainer.kernels import on_gpu
-from sparse_trainer.kernels.attention import attention, find_attention, with_kernel
+from sparse_trainer.kernels.attention import attention, find_attention, with_kernel, without_kernel
 from sparse_trainer.kernels.layers import FOR_INFERENCE, CompressedRows, SparseLinear, SparsePatches
 from sparse_trainer.kernels.library import KernelError, Library, load_library
 from sparse_trainer.kernels.packed import DTYPES, block_rows, pack
@@ -82,6 +82,7 @@ def accelerate(
     if odd:
         raise ValueError(f"masks: {odd[0]} is no parameter of this model, or of another shape")
     result: Any = copy.deepcopy(model).eval()
+    without_kernel(result)
     if kernels == "dense":
         result.kernel_choices = ()
         return result
@@ -107,7 +108,7 @@ def accelerate(
             owner, _, leaf = layer_name.rpartition(".")
             setattr(result.get_submodule(owner), leaf, made)
     _fuse_activations(result)
-    if library is not None:
+    if library is not None and next(iter(parameters.values())).device.type == "cpu":
         choices += chooser.choose_attention(library, result)
     result.kernel_choices = tuple(choices)
     result.train = MethodType(_train, result)
@@ -161,10 +162,10 @@ class _Chooser:
     def choose_attention(self, library: Library, model: nn.Module) -> list[Choice]:
         """Let our kernel compute the attention of blocks where it is faster; which ones."""
         known: dict[tuple[int, int], float | None] = {}
-        chosen = []
+        chosen: list[Choice] = []
+        if self.dtype not in DTYPES:
+            return chosen
         for name, attn in find_attention(model).items():
-            if self.dtype not in DTYPES or attn.qkv.weight.device.type != "cpu":
-                continue
             size = attn.num_heads, attn.head_dim
             if size not in known:
                 known[size] = None if self.kernels == "sparse" else self._time_attention(library, model, *size)
@@ -180,7 +181,7 @@ class _Chooser:
         embed = getattr(model, "patch_embed", None)
         tokens = int(getattr(embed, "num_patches", 0)) + int(getattr(model, "num_prefix_tokens", 0)) or SOME_TOKENS
         images = max(1, self.rows // tokens)
-        sheet = torch.randn(images * tokens, 3, heads, width).to(self.dtype)
+        sheet = torch.randn(images * tokens, 3, heads, width, device="cpu").to(self.dtype)
 
         def ours(sheet: Tensor) -> Tensor:
             return attention(library, *sheet.unbind(1), (tokens,) * images)

@@ -17,7 +17,7 @@ constexpr int VECTORS = 2;
 #endif
 constexpr int BLOCK = VECTORS * LANES;  // keys
 constexpr int64_t PART = 16 * QUERIES;  // queries of a job: each copies the keys again, which takes little beside so many
-constexpr float LOWEST = -3.0e38f;
+constexpr float LOWEST = -3.402823466e+38f;  // of all floats
 
 template <int N> struct IntegersOf { typedef int32_t type __attribute__((vector_size(N * 4), aligned(4), may_alias)); };
 template <int N> using Integers = typename IntegersOf<N>::type;

@@ -29,9 +29,11 @@ def attention(library: Library, query: Tensor, key: Tensor, value: Tensor, lengt
         ``[S, H, dh]``. That of an image does not depend on the others.
 
     Raises:
-        RuntimeError: they are on another device.
+        RuntimeError: they are on another device, or somebody would wait for a gradient.
     """
-    check_on_cpu(value)
+    for x in (query, key, value):
+        InferenceOnly.check_no_gradient(x)
+        check_on_cpu(x)
     assert query.shape == key.shape == value.shape
     assert query.dtype == key.dtype == value.dtype
     assert sum(lengths) == len(value)
@@ -77,7 +79,6 @@ def _forward(attn: Any, x: Tensor, *masks: Any, **named: Any) -> Tensor:
     """timm's ``Attention.forward`` for ``[B, N, C]`` by the kernel; with a mask, as timm does it."""
     if any(value is not None and value is not False for value in (*masks, *named.values())):
         return cast(Tensor, type(attn).forward(attn, x, *masks, **named))
-    InferenceOnly.check_no_gradient(x)
     images, tokens = x.shape[:2]
     sheets = attn.qkv(x).flatten(0, 1).unflatten(-1, (3, attn.num_heads, attn.head_dim))
     query, key, value = sheets.unbind(1)
@@ -89,6 +90,26 @@ def _forward(attn: Any, x: Tensor, *masks: Any, **named: Any) -> Tensor:
     return cast(Tensor, attn.proj_drop(attn.proj(mixed)))
 
 
+def without_kernel(model: nn.Module) -> None:
+    """Undo :func:`with_kernel`."""
+    for module in model.modules():
+        if isinstance(vars(module).get("kernel"), partial) and _is_ours(module):
+            del module.kernel, module.forward
+
+
 def find_attention(model: nn.Module) -> dict[str, Attention]:
-    """By name, the attentions of a model that :func:`with_kernel` may change."""
-    return {name: module for name, module in model.named_modules() if type(module) is Attention}
+    """By name, the attentions of a model that :func:`with_kernel` may change: those that compute as timm's class does,
+    with nobody who looks at what lies within."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is Attention and "forward" not in vars(module) and not _is_looked_at(module.attn_drop)
+    }
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return getattr(vars(module).get("forward"), "__func__", None) is _forward
+
+
+def _is_looked_at(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

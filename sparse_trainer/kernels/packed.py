@@ -86,7 +86,7 @@ def pack(weight: Tensor, mask: Tensor, bias: Tensor | None = None, rows: int | N
     outputs, inputs = weight.shape
     rows = block_rows(mask) if rows is None else rows
     blocks = -(-outputs // rows)
-    values, live = torch.zeros(blocks * rows, inputs), torch.zeros(blocks * rows, inputs, dtype=torch.bool)
+    values, live = torch.zeros(blocks * rows, inputs, device="cpu"), mask.new_zeros(blocks * rows, inputs)
     values[:outputs] = weight.detach().float() * mask
     live[:outputs] = mask
     any_row = live.view(blocks, rows, inputs).any(dim=1)
@@ -97,11 +97,11 @@ def pack(weight: Tensor, mask: Tensor, bias: Tensor | None = None, rows: int | N
     within = torch.cat([columns for _, columns in found])
     column = torch.cat([columns + first for first, (_, columns) in zip(firsts, found, strict=True)])
     counts = torch.cat([any_row[:, first : first + chunk].sum(dim=1) for first in firsts])
-    starts = torch.zeros(len(counts) + 1, dtype=torch.int64)
+    starts = counts.new_zeros(len(counts) + 1)
     starts[1:] = counts.cumsum(0)
     padded = None
     if bias is not None:
-        padded = torch.zeros(blocks * rows)
+        padded = values.new_zeros(blocks * rows)
         padded[:outputs] = bias.detach().float()
     taken = values.view(blocks, rows, inputs)[block, :, column].contiguous()
     places = (place_in_tile(within) if rows > 1 else within).int().contiguous()
@@ -122,8 +122,9 @@ def place_in_tile(column: Tensor) -> Tensor:
 def unpack(packed: Packed) -> Tensor:
     """The dense matrix ``[out, in]``, float32: the inverse of :func:`pack`."""
     blocks, chunks = packed.blocks, (len(packed.starts) - 1) // packed.blocks
-    dense = torch.zeros(blocks, packed.rows, packed.inputs)
-    part = torch.repeat_interleave(torch.arange(blocks * chunks), packed.starts.diff())
+    dense = packed.values.new_zeros(blocks, packed.rows, packed.inputs)
+    every = torch.arange(blocks * chunks, device=packed.starts.device)
+    part = torch.repeat_interleave(every, packed.starts.diff())
     column = packed.places.long()
     if packed.rows > 1:
         column = column // LINE**2 * LINE + column % LINE
@@ -146,12 +147,16 @@ def tile_of(tokens: int, threads: int, most: int = TILES[0]) -> int:
 
 
 def check_on_cpu(x: Tensor) -> None:
-    """Raises RuntimeError for a tensor that a kernel of the CPU cannot read."""
+    """Raises RuntimeError for a tensor that a kernel of the CPU cannot read, or where somebody only looks on."""
+    if torch.jit.is_tracing():
+        raise RuntimeError("an accelerated model cannot be traced; trace the model that accelerate() was given")
     if x.device.type != "cpu":
         raise RuntimeError(
             f"this model was accelerated on the CPU and cannot run on {x.device}; call accelerate() or "
             "load_sparse(path, kernels=...) for the device that it is to run on"
         )
+    if x.numel() and not x.data_ptr():
+        raise RuntimeError("an accelerated model cannot run on fake tensors; give them to the model it was made of")
 
 
 @torch.compiler.disable

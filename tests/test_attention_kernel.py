@@ -196,7 +196,7 @@ def test_accelerated_again() -> None:
     plain.blocks[0].attn(torch.randn(2, 17, 24, requires_grad=True))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*", "ignore:Accessing the data pointer")
 def test_who_only_looks_on_is_told(kernels: Library) -> None:
     with pytest.raises(RuntimeError, match="cannot be traced"):
         torch.jit.trace(lambda x: attention(kernels, x, x, x, (4,)), torch.randn(4, 2, 8))

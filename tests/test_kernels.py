@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -217,6 +218,23 @@ def test_it_cannot_train_or_be_saved() -> None:
     images = torch.randn(2, 1, 16, 16, requires_grad=True)
     with pytest.raises(RuntimeError, match="no gradient passes here"):
         fast(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_of_another_type_gets_its_own_back(dtype: torch.dtype) -> None:
+    model, masks = sparse_model()
+    fast: Any = accelerate(model, masks, kernels="sparse").to(dtype)
+    images = torch.randn(3, 1, 16, 16)
+    with torch.inference_mode():
+        found = fast(images.to(dtype))
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.float(), model(images), atol=5e-2, rtol=5e-2)
+
+
+def test_it_cannot_be_pickled() -> None:
+    model, masks = sparse_model()
+    with pytest.raises(RuntimeError, match="save the model that accelerate"):
+        pickle.dumps(accelerate(model, masks, kernels="sparse"))
 
 
 def test_what_is_wrong_is_said() -> None:

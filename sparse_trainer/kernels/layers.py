@@ -66,6 +66,11 @@ def as_computed(x: Tensor) -> Tensor:
     return x if x.dtype in DTYPES else x.float()
 
 
+def as_given(y: Tensor, x: Tensor) -> Tensor:
+    """An output in the type of its input, such as float16; under autocast, which casts as it needs, as it is."""
+    return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+
 class SparseLinear(InferenceLinear):
     """``activation(x W^T + bias)`` over ``[..., in]`` by a kernel that reads live weights alone.
 
@@ -85,9 +90,9 @@ class SparseLinear(InferenceLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_no_gradient(x)
-        x = as_computed(x)
-        sheet = x.reshape(-1, self.in_features)
-        return product(self.library, sheet, self.packed, self.activation).view(*x.shape[:-1], self.out_features)
+        sheet = as_computed(x).reshape(-1, self.in_features)
+        y = product(self.library, sheet, self.packed, self.activation).view(*x.shape[:-1], self.out_features)
+        return as_given(y, x)
 
     def extra_repr(self) -> str:
         pattern = f"{self.packed.rows}x1" if self.packed.rows > 1 else "1x1"
@@ -136,4 +141,4 @@ class CompressedRows(InferenceLinear):
         sheet = x.float().reshape(-1, self.in_features)
         y = (self.matrix @ sheet.t()).t()
         y = y if self.added is None else y + self.added
-        return y.to(as_computed(x).dtype).view(*x.shape[:-1], self.out_features)
+        return as_given(y.to(as_computed(x).dtype), x).view(*x.shape[:-1], self.out_features)

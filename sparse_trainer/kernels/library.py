@@ -50,6 +50,9 @@ class Library:
     def __deepcopy__(self, memo: Any) -> Library:
         return self
 
+    def __reduce__(self) -> Any:
+        raise RuntimeError("compiled kernels cannot be saved; save the model that accelerate() was given")
+
 
 @lru_cache(maxsize=1)
 def load_library() -> Library:

@@ -59,7 +59,8 @@ def choose_moves(
             if place not in out:
                 promise = gain[place] if swap == "explore" else change[place]
                 coming.append((promise, change[place] * (unit not in units.tried), index, place))
-    leaving = _weakest(sorted(live), [len(units.live) for units in groups], floors, count)
+    live.sort()
+    leaving = _weakest(live, [len(units.live) for units in groups], floors, count)
     best = sorted(coming, key=lambda item: (-item[0], item[2], item[3]))
     pairs: list[tuple[tuple[float, int, int], tuple[int, int]]] = []
     for slot, candidate in zip(leaving, best, strict=False):
@@ -82,15 +83,15 @@ def choose_moves(
         places = [(place, is_better) for group, place, is_better in come if group == index]
         due = len(slots)
         places, slots = places[: len(slots) + max(more, 0)], slots[: len(places) + max(-more, 0)]
-        # Where fewer leave than were to, some may still give way to others of their own block.
-        weak = [(value, weakest) for value, group, weakest in sorted(live) if group == index and weakest not in slots]
-        coming_here = {place for place, _ in places}
-        strong = [(c[0], c[3]) for c in best if c[2] == index and c[3] not in coming_here]
-        for (value, weakest), (promise, strongest) in zip(weak, strong, strict=False):
-            if len(slots) >= due or (swap != "always" and not promise > value):
-                break
-            slots.append(weakest)
-            places.append((strongest, True))
+        if len(slots) < due:  # some may still give way to others of their own block
+            gone, here = set(slots), {place for place, _ in places}
+            weak = [(value, slot) for value, group, slot in live if group == index and slot not in gone]
+            strong = [(c[0], c[3]) for c in best if c[2] == index and c[3] not in here]
+            for (value, weakest), (promise, strongest) in zip(weak[: due - len(slots)], strong, strict=False):
+                if swap != "always" and not promise > value:
+                    break
+                slots.append(weakest)
+                places.append((strongest, True))
         writing = tuple(place for place, is_better in places if is_better and swap == "explore")
         moves.append(Move(tuple(slots), tuple(place for place, _ in places), writing))
     return moves

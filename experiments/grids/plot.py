@@ -48,7 +48,7 @@ def _over_macs(axes: Any, rows: Sequence[Mapping[str, Any]], baseline: str) -> N
         )  # fmt: skip
     margin = 0.12 * max(high - low, 0.5)
     axes.set_ylim(low - margin, high + margin)
-    axes.set_xlim(0, 108)
+    axes.set_xlim(0, 1.08 * max(100.0, *(100 * row.get("macs_ratio", 1.0) for row in rows)))
     points = {row["entry"]: (100 * row.get("macs_ratio", 1.0), row["top1_mean"]) for row in rows}
     _label(axes, points, near=25)
     axes.set_xlabel(f"MACs of live weights and kept tokens, in percent of {baseline}")

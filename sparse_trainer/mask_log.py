@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from PIL import Image
 from torch import Tensor, nn
 
 from sparse_trainer.budget import Budget
 from sparse_trainer.files.tensor_file import CheckpointError, fault, quote, read_metadata, read_tensors, write_tensors
 from sparse_trainer.mask_history import MaskHistory
-from sparse_trainer.mask_pictures import units_picture, weights_picture
+from sparse_trainer.mask_pictures import to_tensor, units_picture, weights_picture
 from sparse_trainer.masks import pack_bits, unpack_bits
 from sparse_trainer.report import BlockUpdate, LayerUpdate, MaskUpdate
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "sparse-trainer-masks", 1
 
 _RECORD_NAME = re.compile(r"step_(\d{8,})\.safetensors")
-_HISTOGRAM_ELEMENTS = 1 << 17
+_HISTOGRAM_ELEMENTS = 1 << 14
 #: Of one width: torch's own choice, 1,549 that grow, takes four times as long.
 _BINS = 64
 
@@ -169,16 +170,18 @@ class MaskLog:
     def log_weights(self, step: int, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         """Histograms of the live weights, ``weights/<layer>``.
 
-        Of a large layer an even sample of at most 131,072 is taken: enough for a histogram, and quick.
+        Of a large layer an even sample of about 16,384 places is taken: enough for 64 bins, and quick.
         """
         if self.writer is None:
             return
         parameters = dict(model.named_parameters())
         for name, mask in masks.items():
-            live = parameters[name].detach()[mask]
-            stride = math.ceil(live.numel() / _HISTOGRAM_ELEMENTS)
+            stride = math.ceil(mask.numel() / _HISTOGRAM_ELEMENTS)
+            while math.gcd(stride, mask.shape[-1]) > 1:  # else some inputs would never be looked at
+                stride += 1
+            live = parameters[name].detach().reshape(-1)[::stride][mask.reshape(-1)[::stride]]
             if live.numel():
-                self.writer.add_histogram(f"weights/{name}", live[::stride].float().cpu(), step, bins=_BINS)
+                self.writer.add_histogram(f"weights/{name}", live.float().cpu(), step, bins=_BINS)
 
     def truncate_after(self, step: int) -> None:
         """Forget records after ``step``, as a run that resumes from there must. See :func:`truncate_timeline`.
@@ -203,20 +206,29 @@ class MaskLog:
         """Whether the update that was just counted has pictures of the weights."""
         if self.image_every is not None:
             return self._updates % self.image_every == 0
-        return self._updates > 1 and self._updates.bit_count() == 1  # the first changes little of what the start shows
+        return (
+            self._updates > 2 and self._updates.bit_count() == 1
+        )  # the first two change little of what the start shows
 
     def _add_weights(self, step: int) -> None:
-        assert self.writer is not None
         history = self.history
         for name, born in history.born.items():
             picture = weights_picture(name, born, history.updates, step, self.image_side)
-            self.writer.add_image(f"masks/evolution/{name}", picture, step)
+            self._add_picture(f"masks/evolution/{name}", picture, step)
 
     def _add_units(
         self, kind: str, born: Mapping[str, Mapping[int, int]], all_units: Mapping[str, int], step: int
     ) -> None:
-        assert self.writer is not None
-        self.writer.add_image(f"{kind}/live", units_picture(kind, born, all_units, self.history.updates, step), step)
+        picture = units_picture(kind, born, all_units, self.history.updates, step)
+        self._add_picture(f"{kind}/live", picture, step)
+
+    def _add_picture(self, tag: str, picture: Image.Image, step: int) -> None:
+        """As it is where the writer takes pictures (a method ``add_picture``), else as the pixels torch's takes."""
+        add_picture = getattr(self.writer, "add_picture", None)
+        if add_picture is not None:
+            add_picture(tag, picture, step)
+        elif self.writer is not None:
+            self.writer.add_image(tag, to_tensor(picture), step)
 
 
 def update_record(update: MaskUpdate, history: MaskHistory | None = None) -> dict[str, int | float]:

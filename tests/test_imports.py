@@ -71,6 +71,7 @@ FLOORS = {
         "files.masked_tensor": 10,
         "files.checkpoint": 11,
         "mask_history": 2,
+        "palette": 2,
         "mask_pictures": 3,
         "overview": 4,
         "mask_log": 12,

@@ -428,6 +428,25 @@ def test_what_an_adaptive_run_leaves(tmp_path: Path, adaptive: dict[str, Any]) -
     assert info.metrics["macs"] == pytest.approx(info.macs, abs=1)
 
 
+@pytest.mark.parametrize("stopped_at", [None, 9])
+def test_pictures_of_patches_become_rare(tmp_path: Path, adaptive: dict[str, Any], stopped_at: int | None) -> None:
+    """At evaluations 1, 2, 4, 8 and the last, whether the run was stopped or not."""
+    changes = adaptive | {"training": {"eval_every": 0.2}}
+    loop = start(tmp_path / "run", changes)
+    if stopped_at is not None:
+        with pytest.raises(Stopped):
+            run(loop, StopAt, at=stopped_at)
+        config = configure(changes)
+        loop = Loop(Trainer(config, open_data(config), resuming=True), RunFolder(tmp_path / "run"))
+        loop.resume()
+    run(loop)
+    assert [record["step"] for record in read_metrics(loop.folder) if "eval/top1" in record] == list(range(2, 21, 2))
+    events = EventAccumulator(str(loop.folder.tensorboard), size_guidance={"images": 0, "histograms": 0})
+    events.Reload()
+    assert [event.step for event in events.Images("tokens/overlay")] == [2, 4, 8, 16, 20]
+    assert [event.step for event in events.Histograms("tokens/kept_per_image/1")] == [2, 4, 8, 16, 20]
+
+
 def test_the_command_line_measures_tokens(
     tmp_path: Path, adaptive: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -228,7 +229,39 @@ def test_pictures_of_weights_come_whenever_the_updates_have_doubled(tmp_path: Pa
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
     events.Reload()
     steps = [image.step for image in events.Images("masks/evolution/fc1.weight")]
-    assert steps == [0, 200, 400, 800]
+    assert steps == [0, 400, 800]
+
+
+def test_histograms_of_a_large_layer_see_all_of_its_inputs(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = torch.nn.Linear(512, 256, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(512.0).expand(256, 512))
+    mask = torch.rand(256, 512, generator=torch.Generator().manual_seed(0)) < 0.5
+    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        MaskLog(tmp_path, writer).log_weights(1, model, {"weight": mask})
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    value = events.Histograms("weights/weight")[0].histogram_value
+    assert 5_000 < value.num < 10_000, "about half of 16,384 places"
+    assert value.sum / value.num == pytest.approx(255.5, rel=0.02), "all inputs alike"
+    assert (value.min, value.max) == (0, 511)
+
+
+def test_a_writer_that_takes_pictures_gets_them_as_they_are(tmp_path: Path) -> None:
+    taken: list[tuple[str, str, int]] = []
+
+    class Writer:
+        def add_scalar(self, *args: object) -> None: ...
+
+        def add_picture(self, tag: str, picture: Any, step: int) -> None:
+            taken.append((tag, picture.mode, step))
+
+    log = MaskLog(tmp_path, cast("Any", Writer()))
+    log.log_start(make_masks(0), live_heads={"blocks.0": (0, 1)}, dense_heads={"blocks.0": 4})
+    assert taken == [*((f"masks/evolution/{name}", "P", 0) for name in SHAPES), ("heads/live", "P", 0)]
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:

@@ -222,18 +222,22 @@ class MetricsWriter(SummaryWriter):
             self.add_scalar(tag, value, step)
 
     def add_image(self, tag: str, img_tensor: Any, global_step: Any = None, *args: Any, **kwargs: Any) -> None:
-        """A picture ``[3, H, W]``, in bytes or from 0 to 1. It is stored with a palette: drawn in few colours, it takes
-        half of the time and of the place so."""
+        """A picture ``[3, H, W]``, in bytes or from 0 to 1. It is stored with a palette, which takes half of the time
+        and of the place."""
         pixels = img_tensor.detach().cpu()
         if pixels.is_floating_point():
             pixels = (pixels * 255).round_().clamp_(0, 255).to(torch.uint8)
         picture = Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
+        self.add_picture(tag, picture.quantize(COLOURS, method=Image.Quantize.FASTOCTREE), global_step)
+
+    def add_picture(self, tag: str, picture: Image.Image, step: int) -> None:
+        """A picture as it is, such as one that has its palette."""
         encoded = io.BytesIO()
-        picture.quantize(COLOURS, method=Image.Quantize.FASTOCTREE).save(encoded, "PNG", compress_level=4)
+        picture.save(encoded, "PNG", compress_level=4)
         image = Summary.Image(
             height=picture.height, width=picture.width, colorspace=3, encoded_image_string=encoded.getvalue()
         )
-        self._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), global_step)
+        self._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def add_charts(self, values: Mapping[str, float], step: int) -> None:
         """Numbers for TensorBoard alone: what a clock said, which ``metrics.jsonl`` need not repeat."""

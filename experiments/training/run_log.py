@@ -104,7 +104,7 @@ class Journal:
         dense = trainer.sparsity.dense_heads
         dormant = any(len(live) < dense[block] for block, live in (trainer.sparsity.live_heads or {}).items())
         picture = overview(history, panels, facts, dense if dormant else {})
-        self.writer.add_image("Overview", picture, trainer.tried)
+        self.writer.add_picture("Overview", picture, trainer.tried)
 
     def add_update(self, update: MaskUpdate) -> None:
         """What an update of the masks did, in this step."""
@@ -123,15 +123,19 @@ class Journal:
         """What an evaluation found, after this step."""
         trainer, tried = self.trainer, self.trainer.tried
         self.writer.add_numbers({f"eval/{name}": value for name, value in measured.metrics.items()}, tried)
+        evaluations = len(self.writer.series.get("eval/loss", ()))
+        # As rare as the pictures of weights: in a long run an evaluation is to cost what it measures.
+        draws = trainer.finished or evaluations.bit_count() == 1
         if measured.tokens is not None:
-            self._show_tokens(measured)
-        if trainer.sparsity is not None:
+            self._add_macs()
+            if draws:
+                self._show_tokens(measured)
+        if trainer.sparsity is not None and draws:
             self.mask_log.log_weights(tried, trainer.model, trainer.masks)
 
     def _show_tokens(self, measured: Measured) -> None:
         """What was kept at an evaluation: how it differs between images, and where in the images it lies."""
         trainer, step = self.trainer, self.trainer.tried
-        self._add_macs()
         if measured.kept is not None:
             for stage, counts in zip(trainer.stages, measured.kept.unbind(dim=1), strict=True):
                 self.writer.add_histogram(f"tokens/kept_per_image/{stage}", counts.cpu(), step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -132,6 +133,7 @@ def unpack(packed: Packed) -> Tensor:
     return dense.view(-1, packed.inputs)[: packed.outputs].contiguous()
 
 
+@lru_cache(maxsize=4096)
 def tile_of(tokens: int, threads: int, most: int = TILES[0]) -> int:
     """Tokens of a tile, so that threads end together and few places stay empty. Results do not depend on it.
 

@@ -93,6 +93,25 @@ template <class E> void transpose_tile(const E *x, int64_t stride, int count, in
   }
 }
 
+// Inputs of the tokens that a thread takes next. They are asked for a few lines of cache at a time, beside the work on the
+// inputs before them: a tile of a sheet that is larger than the caches would wait for each of its rows otherwise.
+template <class E> struct Ahead {
+  const E *from;
+  int64_t stride, rows, row, line, lines, each;
+
+  // Of `x`, `rows` tokens, `in` inputs each, in so many parts.
+  Ahead(const E *x, int64_t x_stride, int64_t tokens, int64_t in, int64_t parts)
+      : from(x), stride(x_stride), rows(tokens), row(0), line(0), lines((in * int64_t(sizeof(E)) + 63) / 64),
+        each((rows * lines + parts - 1) / parts) {}
+
+  __attribute__((noinline)) void fetch_part() {  // apart, so that its numbers take no registers
+    for (int64_t i = 0; i < each && row < rows; i++) {
+      __builtin_prefetch(reinterpret_cast<const char *>(from + row * stride) + line * 64);
+      if (++line == lines) line = 0, row++;
+    }
+  }
+};
+
 // The live weights, as the caller laid them out.
 struct Network {
   const float *weights;
@@ -109,9 +128,22 @@ struct Job {
   const void *x;
   Network network;
   void *y;
-  int64_t tokens, in, out, x_stride, y_stride, chunk, buffer;
+  int64_t tokens, in, out, x_stride, y_stride, chunk, buffer, threads;
   int activation;
 };
+
+constexpr int64_t CACHED = 1 << 22;  // bytes of a sheet that need not be fetched ahead
+
+// What a thread reads after chunk `c` of tile `k`: the next chunk, or the first one of its next tile.
+template <class E> Ahead<E> after(const Job *job, int64_t k, int64_t c, int64_t tile, int64_t parts) {
+  const bool more = (c + 1) * job->chunk < job->in;
+  const int64_t from = more ? (c + 1) * job->chunk : 0, token = (more ? k : k + job->threads) * tile;
+  const bool cached = job->tokens * job->in * int64_t(sizeof(E)) < CACHED;
+  const int64_t rows = cached ? 0 : job->tokens - token, inputs = job->in - from;
+  const E *x = static_cast<const E *>(job->x) + token * job->x_stride + from;
+  return Ahead<E>(x, job->x_stride, rows < 0 ? 0 : rows < tile ? rows : tile,
+                  inputs < job->chunk ? inputs : job->chunk, parts);
+}
 
 // Rows in blocks ------------------------------------------------------------------------------------------------------
 
@@ -130,6 +162,8 @@ inline void outputs_of(const float *tile, const float *weights, const int32_t *p
   } else {
     for (int t = 0; t < T; t++) s[t] = load<N>(sums + t * R);
   }
+  if (last && valid == T)
+    for (int t = 0; t < T; t++) __builtin_prefetch(y + t * y_stride, 1);
   for (int64_t i = 0; i < live; i++, weights += R) {
     const float *x = tile + places[i];
     const Vector<N> w = load<N>(weights);
@@ -163,7 +197,9 @@ template <int R, int T, class E> void blocks_work(Job *job, float *tile) {
     for (int64_t c = 0; c < chunks; c++) {
       const int64_t from = c * job->chunk, inputs = job->in - from < job->chunk ? job->in - from : job->chunk;
       copy_tile(x + token * job->x_stride + from, job->x_stride, valid, T, inputs, tile);
+      Ahead<E> ahead = after<E>(job, k, c, T, groups);
       for (int64_t g = 0; g < groups; g++) {
+        if (ahead.each) ahead.fetch_part();
         const int64_t start = starts[c * groups + g], live = starts[c * groups + g + 1] - start;
         for (int v = 0; v < R; v += N)
           outputs_of<R, N, T>(tile, weights + start * R + v, places + start, live, bias ? bias + g * R + v : nullptr,
@@ -254,6 +290,7 @@ void thread_main(void *pointer) {
 void run(Job *job, int64_t tile, int64_t sums, void *parallel, int threads) {
   job->buffer = tile + (job->chunk < job->in ? sums : 0);
   job->next = 0;
+  job->threads = parallel && threads > 1 ? threads : 1;
   if (parallel && threads > 1 && job->tiles > 1)
     reinterpret_cast<Parallel>(parallel)(thread_main, job, unsigned(threads), 0u);
   else
@@ -338,7 +375,7 @@ int sparse_blocks(const void *x, int64_t x_stride, const float *weights, const i
   Work work = half ? blocks_of<BFloat16>(rows, tile) : blocks_of<float>(rows, tile);
   if (!work) return 1;
   Job job{work, {0}, (tokens + tile - 1) / tile, x, {weights, places, starts, bias}, y,
-          tokens, in, out, x_stride, y_stride, chunk, 0, activation};
+          tokens, in, out, x_stride, y_stride, chunk, 0, 1, activation};
   run(&job, (chunk + LINE - 1) / LINE * LINE * LINE, (out + rows - 1) / rows * rows * tile, parallel, threads);
   return 0;
 }
@@ -352,7 +389,7 @@ int sparse_any(const void *x, int64_t x_stride, const float *weights, const int3
   if (!work) return 1;
   const int tile = vectors * LANES;
   Job job{work, {0}, (tokens + tile - 1) / tile, x, {weights, columns, starts, bias}, y,
-          tokens, in, out, x_stride, y_stride, chunk, 0, activation};
+          tokens, in, out, x_stride, y_stride, chunk, 0, 1, activation};
   run(&job, chunk * tile, (out + OUTPUTS) / OUTPUTS * OUTPUTS * tile, parallel, threads);
   return 0;
 }

@@ -64,7 +64,7 @@ from sparse_trainer.kernels.library import load_library
 
 CPU = torch.device("cpu")
 SMALL = ["--model=deit_tiny_patch16_224", "--image_size=32", "--patch_size=8", "--pairs=1"]
-FIGURES = ("overhead", "train", "inference", "data", "save", "onnx")
+FIGURES = ("overhead", "train", "teacher", "inference", "data", "save", "onnx")
 SETTINGS = {"batch_size": 2, "pairs": 1, "image_size": 32, "patch_size": 8, "model": "deit_tiny_patch16_224"}
 
 
@@ -95,7 +95,7 @@ def test_every_benchmark_runs_and_writes_its_figures(
     elif command == "onnx":  # the exporter takes seconds per block
         monkeypatch.setattr(setting_module, "create_model", partial(create_model, depth=1))
     else:
-        arguments += ["--amp=float32", "--device=cpu"]
+        arguments += ["--amp=float32", "--device=cpu", *(["--compiled=false"] if command == "teacher" else [])]
     assert f"{command}: {title}" in run(capsys, command, *arguments)
     content = json.loads(file.read_text())
     assert settings.items() <= content["settings"].items()
@@ -103,8 +103,12 @@ def test_every_benchmark_runs_and_writes_its_figures(
     for figure in content["figures"]:
         assert set(figure) == {"name", "value", "unit", "reference", "ratio", "ideal"}
         assert figure["value"] > 0 or "difference" in figure["name"]
+    figures = {figure["name"]: figure for figure in content["figures"]}
+    if command == "teacher":
+        ways = ("with a graph, float32", "in inference mode, float32", "in inference mode, bfloat16")
+        assert [*figures][:-1] == [f"teacher {way}" for way in ways]
+        assert 0 < figures["greatest change of a probability by bfloat16"]["value"] < 0.01
     if command == "save":
-        figures = {figure["name"]: figure for figure in content["figures"]}
         assert figures["file, float32"]["value"] < 0.54 * figures["file, float32"]["reference"]
         assert figures["pause by saving it, beside a training step"]["ideal"] == 1
 

@@ -26,6 +26,7 @@ from experiments.benchmarks.report import Report, ReportOptions, measure_report
 from experiments.benchmarks.report_page import check_page, print_report, write_page
 from experiments.benchmarks.save import Place, benchmark_save
 from experiments.benchmarks.setting import Setting, Structure, Weights
+from experiments.benchmarks.teacher import Ways, benchmark_teacher
 from experiments.benchmarks.timing import (
     Figure,
     check_output,
@@ -99,6 +100,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "overhead": Command(benchmark_overhead, (Setting(), Weights()), show_figures),
     "train": Command(benchmark_train, (Setting(), Structure(), Selection()), show_figures),
+    "teacher": Command(benchmark_teacher, (replace(LARGE, pairs=5), Ways()), show_figures, hidden=("compile",)),
     "inference": Command(benchmark_inference, (replace(LARGE, pairs=5), Structure(tokens=0.7)), show_figures),
     "data": Command(
         benchmark_data,

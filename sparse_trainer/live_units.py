@@ -115,8 +115,9 @@ class LiveUnits:
 
     def exchanged(self, swap: Swap) -> None:
         """Note who lives where after a swap; candidates take the places of the units that came."""
+        place_of = {unit: place for place, unit in enumerate(self.dormant)}
         for slot, removed, added in zip(swap.slots, swap.removed, swap.added, strict=True):
-            self.dormant[self.dormant.index(added)] = removed
+            self.dormant[place_of[added]] = removed
             self.live[slot] = added
             self.came.pop(removed, None)
             self.left.pop(added, None)
@@ -127,9 +128,9 @@ class LiveUnits:
 
     def added(self, places: Sequence[int]) -> tuple[int, ...]:
         """Note that candidates came, each into a slot of its own after all others."""
-        units = tuple(self.dormant[place] for place in places)
+        units, gone = tuple(self.dormant[place] for place in places), set(places)
         self.live += units
-        self.dormant = [unit for place, unit in enumerate(self.dormant) if place not in set(places)]
+        self.dormant = [unit for place, unit in enumerate(self.dormant) if place not in gone]
         for unit in units:
             self.left.pop(unit, None)
             self.came[unit] = self.updates
@@ -139,8 +140,8 @@ class LiveUnits:
 
     def removed(self, slots: Sequence[int]) -> tuple[int, ...]:
         """Note that units left and their slots with them; they are the last of the candidates now."""
-        units = tuple(self.live[slot] for slot in slots)
-        self.live = [unit for slot, unit in enumerate(self.live) if slot not in set(slots)]
+        units, gone = tuple(self.live[slot] for slot in slots), set(slots)
+        self.live = [unit for slot, unit in enumerate(self.live) if slot not in gone]
         self.dormant += units
         for unit in units:
             self.came.pop(unit, None)

@@ -37,7 +37,8 @@ def exchange(
     """
     group = units.group
     slots = torch.tensor(swap.slots)
-    places = torch.tensor([units.dormant.index(unit) for unit in swap.added])
+    place_of = {unit: place for place, unit in enumerate(units.dormant)}
+    places = torch.tensor([place_of[unit] for unit in swap.added])
     for tensors in (parameters, ema):
         if tensors and group.output_bias is not None:
             constant = constant_output(group, tensors, slots)

@@ -7,6 +7,7 @@ its shape (:mod:`~sparse_trainer.unit_reshaping`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,8 @@ def choose_moves(
     # Any of those that leave is weaker than any that is better, so they need not stay in pairs.
     leave = [(group, slot) for (_, group, slot), _ in pairs]
     come = [(group, place, number < better) for number, (_, (group, place)) in enumerate(pairs)]
-    net = in_whole([sum(c[0] == g for c in come) - sum(o[0] == g for o in leave) for g in range(len(groups))], together)
+    arriving, departing = Counter(group for group, _, _ in come), Counter(group for group, _ in leave)
+    net = in_whole([arriving[group] - departing[group] for group in range(len(groups))], together)
     moves = []
     for index, more in enumerate(net):
         slots = [slot for group, slot in leave if group == index]
@@ -159,11 +161,14 @@ def move(
         averages = {n: p.data for n, p in ema.named_parameters(remove_duplicate=False)} if ema is not None else {}
         exchange(units, swap, parameters, optimizer=optimizer, ema=averages, masks=masks, seed_moments=seed_moments)
     if len(gone) > both:
-        slots = [slot for slot, unit in enumerate(units.live) if unit not in set(gone[both:])]
+        leaving = set(gone[both:])
+        slots = [slot for slot, unit in enumerate(units.live) if unit not in leaving]
         shrink(units, slots, parameters, optimizer=optimizer, ema=ema, others=others)
     if len(come) > both:
-        places = [units.dormant.index(unit) for unit in come[both:]]
+        place_of = {unit: place for place, unit in enumerate(units.dormant)}
+        places = [place_of[unit] for unit in come[both:]]
         writing = [place for place in places if units.dormant[place] in write]
         grow(units, places, parameters, writing=writing, optimizer=optimizer, ema=ema, others=others)
-    units.last = Swap(tuple(units.live.index(unit) for unit in come), tuple(gone), tuple(come))
+    slot_of = {unit: slot for slot, unit in enumerate(units.live)}
+    units.last = Swap(tuple(slot_of[unit] for unit in come), tuple(gone), tuple(come))
     return units.last

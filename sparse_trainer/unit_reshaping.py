@@ -44,7 +44,8 @@ def shrink(
         the units that left.
     """
     group = units.group
-    gone = [slot for slot in range(len(units.live)) if slot not in set(slots)]
+    staying = set(slots)
+    gone = [slot for slot in range(len(units.live)) if slot not in staying]
     averages = dict(ema.named_parameters(remove_duplicate=False)) if ema is not None else {}
     for tensors in (parameters, averages):
         if tensors and group.output_bias is not None:
@@ -96,12 +97,13 @@ def grow(
     group, live = units.group, len(units.live)
     averages = dict(ema.named_parameters(remove_duplicate=False)) if ema is not None else {}
     models = [place % live for place in places]
-    stay = [place for place in range(len(units.dormant)) if place not in set(places)]
+    chosen, at_once = set(places), set(writing)
+    stay = [place for place in range(len(units.dormant)) if place not in chosen]
     for part in group.slices:
         parameter, store = parameters[part.name], units.candidates[part.name]
         coming = part.take(store, places)
         if part in group.outputs:
-            part.units(coming)[torch.tensor([place not in set(writing) for place in places])] = 0
+            part.units(coming)[torch.tensor([place not in at_once for place in places])] = 0
         units.candidates[part.name] = part.take(store, stay)
 
         def with_zeros(tensor: Tensor, part: UnitSlice = part) -> Tensor:

@@ -26,6 +26,7 @@ from experiments.training import objective, pretrained
 from experiments.training.loop import Loop, Stopped, describe
 from experiments.training.losses import distillation_loss, macs_loss
 from experiments.training.trainer import Trainer
+from experiments.trials import borderline
 from models import Selection, create_model, tokens_per_block
 from sparse_trainer.files.checkpoint import load_sparse, read_info, save_sparse
 from sparse_trainer.flops import block_macs, count
@@ -426,6 +427,26 @@ def test_what_an_adaptive_run_leaves(tmp_path: Path, adaptive: dict[str, Any]) -
     assert events.Histograms("tokens/kept_per_image/1")[0].histogram_value.num == 20
     info = read_info(loop.folder.sparse)
     assert info.metrics["macs"] == pytest.approx(info.macs, abs=1)
+
+
+def test_the_gradient_of_thresholds_under_the_bound(
+    tmp_path: Path, adaptive: dict[str, Any], dense_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trial, on a run that has just been made."""
+    loop = start(tmp_path / "run", adaptive)
+    run(loop)
+    loop.folder.config.write_text(to_yaml(loop.trainer.config))
+    json_file = tmp_path / "figures.json"
+    assert borderline.main([str(loop.folder.path), "--batches", "2", "--json", str(json_file)]) == 0
+    computed, difference, greatest = json.loads(json_file.read_text())["figures"]
+    assert 0 < computed["value"] <= computed["reference"]
+    assert 0 <= difference["value"] <= greatest["value"] * (1 + 1e-6) < 0.05
+    assert "difference of the thresholds' gradient" in capsys.readouterr().out
+
+    loop = start(tmp_path / "dense", {"sparsity": None})
+    loop.folder.config.write_text(to_yaml(loop.trainer.config))
+    assert borderline.main([str(loop.folder.path)]) == 2
+    assert "was not trained with thresholds alone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stopped_at", [None, 9])

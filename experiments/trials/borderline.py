@@ -29,8 +29,11 @@ from models.threshold_selector import ThresholdSelector
 from sparse_trainer.files.checkpoint import load_sparse
 
 
-def compare_gradients(folder: Path, batches: int) -> list[Figure]:
+def compare_gradients(folder: Path, batches: int, temperature: float | None = None) -> list[Figure]:
     """Of a run that has ended.
+
+    Args:
+        temperature: the slope at the thresholds, in place of the run's.
 
     Raises:
         ConfigError: it has no thresholds, or units that left.
@@ -46,6 +49,8 @@ def compare_gradients(folder: Path, batches: int) -> list[Figure]:
     learned = load_sparse(folder / "sparse.safetensors", create_model=create_model, device=trainer.device)
     model.load_state_dict(learned.state_dict())
     trainer.objective.progress = 1.0
+    if temperature is not None:
+        selector.config = replace(selector.config, temperature=temperature)
     bound, rows = selector.config.borderline, 0
 
     def count_rows(_: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -72,7 +77,7 @@ def compare_gradients(folder: Path, batches: int) -> list[Figure]:
             sums[which] = sums[which] + found[which]
             computed[which] += rows - before
         worst = max(worst, _difference(found[bound], found[0.0]))
-    name = f"{folder.name}: "
+    name = f"{folder.name}, slope {selector.config.temperature:g}: "
     return [
         Figure(f"{name}tokens computed", computed[bound], "", computed[0.0], computed[bound] / computed[0.0]),
         Figure(f"{name}difference of the thresholds' gradient", _difference(sums[bound], sums[0.0]), ""),
@@ -89,12 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.trials.borderline", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs that were trained with thresholds")
     parser.add_argument("--batches", type=int, default=8, help="of the training of each")
+    parser.add_argument("--temperatures", nargs="+", type=float, help="slopes at the thresholds, in place of the run's")
     parser.add_argument("--json", help="file for the figures, as well")
     options = parser.parse_args(argv)
     figures: list[Figure] = []
     try:
         for folder in options.runs:
-            figures += compare_gradients(folder, options.batches)
+            for temperature in options.temperatures or [None]:
+                figures += compare_gradients(folder, options.batches, temperature)
     except (ConfigError, ValueError) as error:
         print(f"borderline: error: {error}", file=sys.stderr)
         return 2
@@ -102,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(f"borderline: {options.batches} batches", figures, machine)
     if options.json is not None:
         settings = {"runs": [folder.name for folder in options.runs], "batches": options.batches}
+        settings["temperatures"] = options.temperatures
         write_json(options.json, figures_content(figures, machine, settings))
     return 0
 

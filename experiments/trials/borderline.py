@@ -77,9 +77,9 @@ def compare_gradients(folder: Path, batches: int, temperature: float | None = No
             sums[which] = sums[which] + found[which]
             computed[which] += rows - before
         worst = max(worst, _difference(found[bound], found[0.0]))
-    name = f"{folder.name}, slope {selector.config.temperature:g}: "
+    every, name = computed[0.0], f"{folder.name}, slope {selector.config.temperature:g}: "
     return [
-        Figure(f"{name}tokens that an MLP computes", computed[bound], "", computed[0.0], computed[bound] / computed[0.0]),
+        Figure(f"{name}tokens that an MLP computes", computed[bound], "", every, computed[bound] / every),
         Figure(f"{name}difference of the thresholds' gradient", _difference(sums[bound], sums[0.0]), ""),
         Figure(f"{name}difference, greatest of {batches} batches", worst, ""),
     ]

@@ -95,6 +95,11 @@ class LiveUnits:
                 part.units(masked[part.name]).mul_(mask[slots])
         return masked
 
+    def places_of(self, units: Sequence[int]) -> list[int]:
+        """Where these candidates stand in :attr:`dormant`."""
+        places = {unit: place for place, unit in enumerate(self.dormant)}
+        return [places[unit] for unit in units]
+
     def due(self, drop_fraction: float, *, round_up: bool = False) -> tuple[int, float]:
         """How many units this update replaces, and the fraction that is carried over to the next.
 
@@ -115,9 +120,9 @@ class LiveUnits:
 
     def exchanged(self, swap: Swap) -> None:
         """Note who lives where after a swap; candidates take the places of the units that came."""
-        place_of = {unit: place for place, unit in enumerate(self.dormant)}
-        for slot, removed, added in zip(swap.slots, swap.removed, swap.added, strict=True):
-            self.dormant[place_of[added]] = removed
+        places = self.places_of(swap.added)
+        for place, slot, removed, added in zip(places, swap.slots, swap.removed, swap.added, strict=True):
+            self.dormant[place] = removed
             self.live[slot] = added
             self.came.pop(removed, None)
             self.left.pop(added, None)

@@ -81,7 +81,7 @@ class MaskLog:
         run_dir: the run's folder; the timeline lies in its ``masks`` folder.
         writer: a ``torch.utils.tensorboard.SummaryWriter``, or None for the timeline alone.
         image_every: write the images of weight masks at every n-th update of the run; None: at the start and
-            whenever the number of updates has doubled, so that a long run with many layers does not spend its time on
+            at updates 4, 8, 16, ..., so that a long run with many layers does not spend its time on
             pictures.
         image_side: the longer side of such an image, in pixels, at most.
     """
@@ -176,8 +176,8 @@ class MaskLog:
             return
         parameters = dict(model.named_parameters())
         for name, mask in masks.items():
-            stride = math.ceil(mask.numel() / _HISTOGRAM_ELEMENTS)
-            while math.gcd(stride, mask.shape[-1]) > 1:  # else some inputs would never be looked at
+            inputs, stride = mask[:1].numel(), max(1, math.ceil(mask.numel() / _HISTOGRAM_ELEMENTS))
+            while math.gcd(stride, inputs) > 1:  # else some of them would never be looked at
                 stride += 1
             live = parameters[name].detach().reshape(-1)[::stride][mask.reshape(-1)[::stride]]
             if live.numel():
@@ -206,9 +206,8 @@ class MaskLog:
         """Whether the update that was just counted has pictures of the weights."""
         if self.image_every is not None:
             return self._updates % self.image_every == 0
-        return (
-            self._updates > 2 and self._updates.bit_count() == 1
-        )  # the first two change little of what the start shows
+        # The first two change little of what the start shows.
+        return self._updates > 2 and self._updates.bit_count() == 1
 
     def _add_weights(self, step: int) -> None:
         history = self.history

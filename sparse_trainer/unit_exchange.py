@@ -37,8 +37,7 @@ def exchange(
     """
     group = units.group
     slots = torch.tensor(swap.slots)
-    place_of = {unit: place for place, unit in enumerate(units.dormant)}
-    places = torch.tensor([place_of[unit] for unit in swap.added])
+    places = torch.tensor(units.places_of(swap.added))
     for tensors in (parameters, ema):
         if tensors and group.output_bias is not None:
             constant = constant_output(group, tensors, slots)

@@ -165,8 +165,7 @@ def move(
         slots = [slot for slot, unit in enumerate(units.live) if unit not in leaving]
         shrink(units, slots, parameters, optimizer=optimizer, ema=ema, others=others)
     if len(come) > both:
-        place_of = {unit: place for place, unit in enumerate(units.dormant)}
-        places = [place_of[unit] for unit in come[both:]]
+        places = units.places_of(come[both:])
         writing = [place for place in places if units.dormant[place] in write]
         grow(units, places, parameters, writing=writing, optimizer=optimizer, ema=ema, others=others)
     slot_of = {unit: slot for slot, unit in enumerate(units.live)}

@@ -50,7 +50,7 @@ def measure_speed(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
     device = torch.device(base.training.device)
     # Entries share their images, whose decoding takes longer than what is timed.
     open_data = cache(partial(create_data, device=base.training.device, seed=base.training.seed))
-    trainer = _trainer(folders[baseline], base, open_data(base.data))
+    trainer = trainer_of(folders[baseline], base, open_data(base.data))
     classify = _Classifier(folders[baseline], base, open_data(base.data))
     entries: dict[str, Any] = {}
     for entry, folder in folders.items():
@@ -58,7 +58,7 @@ def measure_speed(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
             continue
         config = resolve(load_config(folder / "config.yaml"))
         data = open_data(config.data)
-        other = _trainer(folder, config, data)
+        other = trainer_of(folder, config, data)
         steps = paired(trainer.train_step, other.train_step, device=device, pairs=PAIRS, warmup=2, each=STEPS)
         small = _Classifier(folder, config, data)
         batches = paired(classify, small, device=device, pairs=PAIRS, warmup=2, each=STEPS)
@@ -82,7 +82,7 @@ def measure_speed(folders: dict[str, Path], baseline: str) -> dict[str, Any]:
     }
 
 
-def _trainer(folder: Path, config: RunConfig, data: Data) -> Trainer:
+def trainer_of(folder: Path, config: RunConfig, data: Data) -> Trainer:
     """A run at its beginning; with thresholds alone the network that it came to, since what a step takes depends on
     what they have learned to drop."""
     with warnings.catch_warnings():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +22,8 @@ from experiments.config.reading import load_config
 from experiments.config.run_config import resolve
 from experiments.data.create_data import create_data
 from experiments.errors import ConfigError
-from experiments.training.trainer import Trainer
-from models import create_model
+from experiments.grids.speed import trainer_of
 from models.threshold_selector import ThresholdSelector
-from sparse_trainer.files.checkpoint import load_sparse
 
 
 def compare_gradients(folder: Path, batches: int, temperature: float | None = None) -> list[Figure]:
@@ -39,15 +36,12 @@ def compare_gradients(folder: Path, batches: int, temperature: float | None = No
         ConfigError: it has no thresholds, or units that left.
     """
     config = resolve(load_config(folder / "config.yaml"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        trainer = Trainer(config, create_data(config.data, device=config.training.device, seed=config.training.seed))
+    data = create_data(config.data, device=config.training.device, seed=config.training.seed)
+    trainer = trainer_of(folder, config, data)
     model: Any = trainer.model
     selector = getattr(model, "selector", None)
     if not isinstance(selector, ThresholdSelector) or trainer.sparsity is not None:
         raise ConfigError(f"{folder} was not trained with thresholds alone; give a run such as as_vit_65 of a grid")
-    learned = load_sparse(folder / "sparse.safetensors", create_model=create_model, device=trainer.device)
-    model.load_state_dict(learned.state_dict())
     trainer.objective.progress = 1.0
     if temperature is not None:
         selector.config = replace(selector.config, temperature=temperature)

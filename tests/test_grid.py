@@ -11,6 +11,7 @@ from experiments.config.reading import create_parser, parse
 from experiments.config.run_config import resolve
 from experiments.grids import plot as grid_plot
 from experiments.grids import speed as grid_speed
+from experiments.grids import speed_picture
 from experiments.grids.grid import Grid, Runs, main, read_grid
 from experiments.grids.report import (
     Outcome,
@@ -175,10 +176,21 @@ def test_a_grid_runs_goes_on_and_reports(
     assert (tmp_path / "runs" / "small" / "half-seed0" / "sparse.safetensors").stat().st_mtime_ns == before
     monkeypatch.setattr(grid_speed, "PAIRS", 1)
     monkeypatch.setattr(grid_speed, "STEPS", 1)
-    assert main([*options, "--report-only", "--measure"]) == 0
+    assert main([*options, "--report-only", "--measure", "--measure-amp", "float32"]) == 0
     content = json.loads((tmp_path / "results" / "small.json").read_text())
     assert content["speeds"]["entries"]["half"]["step_seconds"] > 0
     assert content["speeds"]["entries"]["half"]["kernels_ratio"] > 0
+    assert content["speeds"]["baseline"]["onnxruntime_ratio"] > 0
+    assert "onnxruntime classifies with that dense network" in (tmp_path / "results" / "small.md").read_text()
+    picture = tmp_path / "picture.png"
+    monkeypatch.setattr(speed_picture, "RESULTS", tmp_path / "results")
+    assert (
+        speed_picture.main(["small=Small:dense,half=half of the weights", "--kernels", "--output", str(picture)]) == 0
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        speed_picture.main(["small:dense,halves", "--output", str(picture)])
+    assert "halves was not run and timed in this grid; these were: half, pruned, tokens" in capsys.readouterr().err
     assert "| with kernels |" in (tmp_path / "results" / "small.md").read_text()
     assert content["speeds"]["entries"]["half"]["kept"] is None
     assert content["speeds"]["entries"]["tokens"]["kept"]["patches"] == 16

@@ -234,6 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="time training and inference of what is finished, and compare selectors with chance; on a quiet machine",
     )
+    parser.add_argument(
+        "--measure-amp",
+        choices=("float32", "bfloat16"),
+        help="precision of what is timed, in place of that of the runs",
+    )
     options, extra = parser.parse_known_args(arguments)
     try:
         grid = read_grid(options.grid)
@@ -271,14 +276,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             with use_threads(options.threads or None):
                 finished = {entry: runs.path(entry, min(found)) for entry, found in here.items() if found}
-                speeds = measure_speed(finished, grid.baseline)
+                speeds = measure_speed(finished, grid.baseline, options.measure_amp)
             runs_of = {entry: {seed: runs.path(entry, seed) for seed in found} for entry, found in here.items()}
             chance = compare_with_chance(here, measure_chance(runs_of))
         except (ConfigError, CheckpointError) as error:
             print(f"{parser.prog}: error: {error}", file=sys.stderr)
             return 1
     options.results.mkdir(parents=True, exist_ok=True)
-    line = " ".join([*command, *extra, *(["--measure"] if speeds or chance else [])])
+    if speeds or chance:
+        command.append("--measure")
+        if speeds.get("amp_asked"):
+            command += ["--measure-amp", speeds["amp_asked"]]
+    line = " ".join([*command, *extra])
     report = {
         "command": line,
         "title": grid.title,

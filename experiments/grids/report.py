@@ -311,6 +311,8 @@ def _speed_notes(baseline: str, speeds: Mapping[str, Any]) -> list[str]:
         f"are classified in batches of {speeds['batch_size']}. "
         + (dead if kernels else "Single dead weights save neither.")
     ]
+    if "onnxruntime_ratio" in base:
+        lines[0] += f" onnxruntime classifies with that dense network {base['onnxruntime_ratio']:.2f} times as many."
     kept = [(entry, speed["kept"]) for entry, speed in speeds["entries"].items() if speed.get("kept")]
     if kept:
         lines += ["", "Patches that images keep after the last stage:", ""]

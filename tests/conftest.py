@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -31,17 +32,27 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 """For tests that hold on both; on a machine without a GPU the second one is skipped."""
 
-TARGETS = [library.NATIVE, ("-mavx2", "-mfma", "-mno-avx512f"), ("-mno-avx",)]
-"""Instructions to compile kernels for: this processor's, registers of 8 numbers, registers of 4."""
+TARGETS = {
+    "native": ("", library.NATIVE),
+    "avx2": ("", ("-mavx2", "-mfma", "-mno-avx512f")),
+    "sse": ("", ("-mno-avx",)),
+    **({"clang": ("clang++", library.NATIVE)} if shutil.which("clang++") else {}),
+}
+"""Compilers (the usual one if empty), and instructions to compile kernels for: this processor's, registers of 8
+numbers, registers of 4."""
 
 
-@pytest.fixture(scope="session", params=TARGETS, ids=["native", "avx2", "sse"])
+@pytest.fixture(scope="session", params=list(TARGETS))
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> library.Library:
     """The compiled kernels; processes that share the tests share them too."""
     folder = tmp_path_factory.getbasetemp()
     folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "kernels"
     folder.mkdir(mode=0o700, exist_ok=True)
-    return library.open_library(library.build(request.param, folder))
+    compiler, flags = TARGETS[request.param]
+    with pytest.MonkeyPatch.context() as patch:
+        if compiler:
+            patch.setenv("CXX", compiler)
+        return library.open_library(library.build(flags, folder))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

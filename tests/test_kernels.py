@@ -90,6 +90,18 @@ def test_products(
     torch.testing.assert_close(half.double(), wanted, atol=1e-2 * scale, rtol=1e-2)
 
 
+@pytest.mark.parametrize("rows", [1, 4, 8, 16, 32])
+def test_sixteen_bits_are_the_rounded_float32_result(kernels: library.Library, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    outputs = 37 if rows == 1 else 64
+    mask = draw_mask(outputs, 50, rows, 0.5, generator)
+    taken = packed.pack(torch.randn(outputs, 50, generator=generator), mask, rows=rows)
+    for tokens in (1, 40, packed.MANY_TOKENS + 5):
+        size = torch.randn(tokens, 1, generator=generator).mul(20).exp()  # from tiny to huge
+        x = (torch.randn(tokens, 50, generator=generator) * size).bfloat16()
+        assert torch.equal(packed.product(kernels, x, taken), packed.product(kernels, x.float(), taken).bfloat16())
+
+
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_does_not_depend_on_its_batch(kernels: library.Library, rows: int, dtype: torch.dtype) -> None:

@@ -19,7 +19,7 @@ constexpr int BLOCK = VECTORS * LANES;  // keys
 constexpr int64_t PART = 16 * QUERIES;  // queries of a job: each copies the keys again, which takes little beside so many
 constexpr float LOWEST = -3.402823466e+38f;  // of all floats
 
-template <int N> struct IntegersOf { typedef int32_t type __attribute__((vector_size(N * 4), aligned(4), may_alias)); };
+template <int N> struct IntegersOf { typedef int32_t type __attribute__((vector_size(N * 4))); };
 template <int N> using Integers = typename IntegersOf<N>::type;
 
 // e^x for x <= 0 by 2^n e^r, |r| <= ln 2 / 2, with the polynomial of the Cephes library: within 2e-7 of it.

@@ -264,13 +264,20 @@ template <int V, class E> void any_work(Job *job, float *tile) {
             for (int v = 0; v < V; v++) store<LANES>(to + (o + 1) * T + v * LANES, activate<LANES>(b[v], activation));
         }
         if (c < chunks - 1) continue;
-        for (int t = 0; t < valid; t++) {
-          E *out = y + (token + t) * job->y_stride + o0;
-          if (outputs == OUTPUTS)
-            for (int n = 0; n < OUTPUTS; n++) narrow(results[n * T + t], out + n);
-          else
-            for (int n = 0; n < outputs; n++) narrow(results[n * T + t], out + n);
+        E *out = y + token * job->y_stride + o0;
+        if (sizeof(E) == 4 && outputs == OUTPUTS) {  // faster than the way below where y is larger than the caches
+          for (int t = 0; t < valid; t++)
+            for (int n = 0; n < OUTPUTS; n++) narrow(results[n * T + t], out + t * job->y_stride + n);
+          continue;
         }
+        for (int t0 = 0; t0 < valid; t0 += LANES)
+          for (int n = 0; n < outputs; n += LANES) {
+            Vector<LANES> square[LANES];
+            for (int i = 0; i < LANES; i++) square[i] = load<LANES>(results + (n + i) * T + t0);
+            transpose<LANES, LANES / 2>(square);
+            for (int t = t0; t < valid && t < t0 + LANES; t++)
+              store_outputs<LANES>(out + t * job->y_stride + n, square[t - t0], outputs - n);
+          }
       }
     }
   }

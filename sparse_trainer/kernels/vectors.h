@@ -16,14 +16,25 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
-template <int N> struct VectorOf { typedef float type __attribute__((vector_size(N * 4), aligned(4), may_alias)); };
+template <int N> struct VectorOf { typedef float type __attribute__((vector_size(N * 4))); };
 template <int N> using Vector = typename VectorOf<N>::type;
+template <int N> struct BitsOf { typedef uint32_t type __attribute__((vector_size(N * 4))); };
+template <int N> using Bits = typename BitsOf<N>::type;
+template <int N> struct HalvesOf { typedef uint16_t type __attribute__((vector_size(N * 2))); };
+template <int N> using Halves = typename HalvesOf<N>::type;
 
-// Through the pointer, since a compiler that prefers half registers makes two moves and a detour over memory of a memcpy:
-// twenty times slower.
-template <int N> inline Vector<N> load(const float *from) { return *reinterpret_cast<const Vector<N> *>(from); }
+// A vector anywhere in memory. Through a pointer to it, since a compiler that prefers half registers makes two moves and a
+// detour over memory of a memcpy: twenty times slower. A vector type with `aligned(4)` would not do: Clang forgets that in
+// templates, and takes instructions that fault.
+template <class V> struct __attribute__((packed, may_alias)) Anywhere { V value; };
 
-template <int N> inline void store(float *to, Vector<N> value) { *reinterpret_cast<Vector<N> *>(to) = value; }
+template <int N> inline Vector<N> load(const float *from) {
+  return reinterpret_cast<const Anywhere<Vector<N>> *>(from)->value;
+}
+
+template <int N> inline void store(float *to, Vector<N> value) {
+  reinterpret_cast<Anywhere<Vector<N>> *>(to)->value = value;
+}
 
 template <int N> inline Vector<N> broadcast(float value) { return value - Vector<N>{}; }
 
@@ -55,18 +66,26 @@ template <int N> inline void store_outputs(float *to, Vector<N> value, int count
     std::memcpy(to, &value, 4 * count);
 }
 
+// Numbers in 16 bits, rounded to the nearest, ties to even; NaN stays NaN.
+template <int N> inline Halves<N> narrow(Vector<N> value) {
+  const Bits<N> bits = (Bits<N>)value;
+  const Bits<N> rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Bits<N> chosen = value == value ? rounded : bits | 0x00400000u;
+  return __builtin_convertvector(chosen >> 16, Halves<N>);
+}
+
 template <int N> inline void store_outputs(BFloat16 *to, Vector<N> value, int count) {
-  float plain[N];
-  store<N>(plain, value);
-  for (int i = 0; i < N; i++)
-    if (i < count) narrow(plain[i], to + i);
+  const Halves<N> halves = narrow<N>(value);
+  if (count >= N)
+    reinterpret_cast<Anywhere<Halves<N>> *>(to)->value = halves;
+  else
+    std::memcpy(to, &halves, 2 * count);
 }
 
 template <int N> inline Vector<N> load_wide(const float *from) { return load<N>(from); }
 template <int N> inline Vector<N> load_wide(const BFloat16 *from) {
-  float wide[N];
-  for (int i = 0; i < N; i++) wide[i] = widen(from[i]);
-  return load<N>(wide);
+  const Halves<N> halves = reinterpret_cast<const Anywhere<Halves<N>> *>(from)->value;
+  return (Vector<N>)(__builtin_convertvector(halves, Bits<N>) << 16);
 }
 
 #if defined(__clang__) || __GNUC__ >= 12

@@ -147,8 +147,6 @@ template <class E> Ahead<E> after(const Job *job, int64_t k, int64_t c, int64_t 
 
 // Rows in blocks ------------------------------------------------------------------------------------------------------
 
-constexpr int AHEAD = 8;  // weights that are fetched in advance
-
 // N outputs of a block for T tokens, over the live inputs of a chunk. The sums begin as `bias` or go on from `sums`, and go
 // to `sums` or, after the last chunk, to y.
 template <int R, int N, int T, class E>
@@ -164,10 +162,18 @@ inline void outputs_of(const float *tile, const float *weights, const int32_t *p
   }
   if (last && valid == T)
     for (int t = 0; t < T; t++) __builtin_prefetch(y + t * y_stride, 1);
-  for (int64_t i = 0; i < live; i++, weights += R) {
+  // Loads are what is short: one for each multiply-add, and two of a processor's in a cycle, as its multiply-adds. So weights
+  // are not fetched ahead, which would be another one; they lie in order, and the processor sees that.
+  int64_t i = 0;
+  for (; i + 1 < live; i += 2, weights += 2 * R) {
+    const float *x = tile + places[i], *z = tile + places[i + 1];
+    const Vector<N> w = load<N>(weights), v = load<N>(weights + R);
+    for (int t = 0; t < T; t++) s[t] += w * x[t * LINE];
+    for (int t = 0; t < T; t++) s[t] += v * z[t * LINE];
+  }
+  if (i < live) {
     const float *x = tile + places[i];
     const Vector<N> w = load<N>(weights);
-    __builtin_prefetch(weights + AHEAD * R);
     for (int t = 0; t < T; t++) s[t] += w * x[t * LINE];
   }
   if (!last) {

@@ -96,7 +96,7 @@ def test_sixteen_bits_are_the_rounded_float32_result(kernels: library.Library, r
     outputs = 37 if rows == 1 else 64
     mask = draw_mask(outputs, 50, rows, 0.5, generator)
     taken = packed.pack(torch.randn(outputs, 50, generator=generator), mask, rows=rows)
-    for tokens in (1, 40, packed.MANY_TOKENS + 5):
+    for tokens in (1, 40, 1029):
         size = torch.randn(tokens, 1, generator=generator).mul(20).exp()  # from tiny to huge
         x = (torch.randn(tokens, 50, generator=generator) * size).bfloat16()
         assert torch.equal(packed.product(kernels, x, taken), packed.product(kernels, x.float(), taken).bfloat16())
@@ -108,10 +108,18 @@ def test_a_token_does_not_depend_on_its_batch(kernels: library.Library, rows: in
     generator = torch.Generator().manual_seed(0)
     mask = draw_mask(48, 500, rows, 0.3, generator)
     taken = packed.pack(torch.randn(48, 500, generator=generator), mask, torch.randn(48, generator=generator))
-    x = torch.randn(packed.MANY_TOKENS + 133, 500, generator=generator).to(dtype)
+    x = torch.randn(1157, 500, generator=generator).to(dtype)
     whole = packed.product(kernels, x, taken, "gelu")
     for first, last in ((0, 1), (5, 18), (60, 133), (1000, 1157)):
         assert torch.equal(packed.product(kernels, x[first:last], taken, "gelu"), whole[first:last])
+
+
+def test_vectors_by_hand() -> None:
+    """197 tokens on two threads, 16 in a register: 4 tiles of 4 registers in two rounds of 1.75; 7 of 2 would take 4."""
+    assert packed.vectors_of(197, 2, 16) == 4
+    assert packed.vectors_of(130, 2, 16) == 2  # three rounds of 1, two of 1.75
+    assert packed.vectors_of(17, 2, 16) == 1  # one round of 0.87
+    assert packed.vectors_of(3152, 2, 16) == 4
 
 
 def test_chunks_by_hand() -> None:

@@ -17,9 +17,9 @@ TILES = (14, 13, 12, 10, 8, 6, 4)
 """Tokens that a kernel for blocks may hold in registers."""
 OVERHEAD = 1.2
 """What a tile costs beside its tokens, in tokens: the load of the weights, once for all of them."""
-MANY_TOKENS = 1024
-"""From so many on the kernel for any mask works on four vector registers of them; on two where there are fewer, so that
-fewer places are empty."""
+VECTORS = {1: 0.87, 2: 1.0, 4: 1.75}
+"""Vector registers of tokens that a kernel for any mask may work on, and the time that a tile of them takes, over that
+of two: with one the processor waits for the last sum, and with four a weight is loaded for more of them."""
 LINE = 16
 """Inputs that lie side by side in the tile of a kernel for blocks, and tokens between them and the next."""
 BLOCKS_CHUNK, ANY_CHUNK = 384, 192
@@ -148,6 +148,21 @@ def tile_of(tokens: int, threads: int, most: int = TILES[0]) -> int:
     return min((tile for tile in TILES if tile <= most), key=cost)
 
 
+@lru_cache(maxsize=4096)
+def vectors_of(tokens: int, threads: int, lanes: int) -> int:
+    """Vector registers of tokens for a kernel for any mask, likewise: a key of :data:`VECTORS`.
+
+    Args:
+        lanes: numbers in a register.
+    """
+
+    def cost(vectors: int) -> float:
+        tiles = -(-tokens // (vectors * lanes))
+        return -(-tiles // threads) * VECTORS[vectors]
+
+    return min(VECTORS, key=cost)
+
+
 def check_on_cpu(x: Tensor) -> None:
     """Raises RuntimeError for a tensor that a kernel of the CPU cannot read, or where somebody only looks on."""
     if torch.jit.is_tracing():
@@ -202,7 +217,7 @@ def product(library: Library, x: Tensor, packed: Packed, activation: str = "none
     )
     last = (int(x.dtype == torch.bfloat16), ACTIVATIONS[activation], library.parallel, threads)
     if packed.rows == 1:
-        failed = library.functions.sparse_any(*shared, 4 if tokens >= MANY_TOKENS else 2, *last)
+        failed = library.functions.sparse_any(*shared, vectors_of(tokens, threads, library.lanes), *last)
     else:
         tile = tile_of(tokens, threads, library.tokens)
         failed = library.functions.sparse_blocks(*shared, packed.rows, tile, *last)

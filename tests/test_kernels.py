@@ -115,7 +115,7 @@ def test_a_token_does_not_depend_on_its_batch(kernels: library.Library, rows: in
 
 
 def test_vectors_by_hand() -> None:
-    """197 tokens on two threads, 16 in a register: 4 tiles of 4 registers in two rounds of 1.75; 7 of 2 would take 4."""
+    """197 tokens on two threads, 16 in a register: 4 tiles of 4 registers take two rounds of 1.75; 7 of 2 take four."""
     assert packed.vectors_of(197, 2, 16) == 4
     assert packed.vectors_of(130, 2, 16) == 2  # three rounds of 1, two of 1.75
     assert packed.vectors_of(17, 2, 16) == 1  # one round of 0.87

@@ -116,7 +116,7 @@ class _SelectsTokens(VisionTransformer):
         x = self.norm_pre(self._pos_embed(self.patch_embed(x)))
         if isinstance(self.selector, TopKSelector):
             return self._run_top_k(self.selector, x)
-        return run_with_thresholds(cast(Any, self), self.selector, x, self._checkpointed)
+        return run_with_thresholds(cast(Any, self), self.selector, x, self._call)
 
     def _run_top_k(self, selector: TopKSelector, x: Tensor) -> tuple[Tensor, Selection]:
         """Gather what each stage keeps; what it fuses comes last. ``x``: ``[B, P + N, C]``."""
@@ -144,18 +144,28 @@ class _SelectsTokens(VisionTransformer):
                 x, patches = torch.cat(parts, dim=1), kept.shape[1]
                 if self.training and config.gradient == "attention":
                     behind = x.shape[1] - prefix - patches
-                    x = self._checkpointed(_run_block_gated, block, x, F.pad(kept_factor, (prefix, behind), value=1.0))
+                    x = self._call(_run_block_gated, block, x, F.pad(kept_factor, (prefix, behind), value=1.0))
                     continue
-            x = self._checkpointed(block, x)
+            x = self._call(block, x)
         return x, Selection(
             selector.stages, tuple(masks), prefix, removes=not config.zeroing, fuses=config.dropped == "fused"
         )
 
-    def _checkpointed(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call the function; with ``set_grad_checkpointing``, backward computes its activations again."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
+    @property
+    def _call(self) -> Callable[..., Any]:
+        """Calls a function; with ``set_grad_checkpointing``, backward computes its activations again.
+
+        The same object at every step: for a new one, such as a bound method, older releases of torch compile again.
+        """
+        return _with_checkpoint if self.grad_checkpointing and torch.is_grad_enabled() else _plainly
+
+
+def _plainly(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _with_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(function, *args, use_reentrant=False)
 
 
 def _run_block_gated(block: Block, x: Tensor, factor: Tensor) -> Tensor:

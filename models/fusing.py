@@ -16,13 +16,21 @@ _TINY = 1e-8  # added to each score, for patches that all score 0
 def fuse(tokens: Tensor, scores: Tensor, mask: Tensor) -> Tensor:
     """The dropped ones of the patches ``[B, N, C]`` as one token ``[B, 1, C]``; for an image without any, zeros.
 
+    The mask's gradient is the change that a patch would make if it alone changed sides. The slope at the mask would be
+    that change times the sum of all scores over that of the dropped, which are the small ones: it could be thousands.
+
     Args:
         scores: ``[B, N]``, 0 or greater.
         mask: ``[B, N]``, 1 kept and 0 dropped; gets a gradient.
     """
-    weights = _weights(scores, mask)
+    scores = scores + _TINY
+    weights = scores * (mask <= 0.5)
     total = weights.sum(dim=1, keepdim=True)
-    return ((weights / _nonzero(total)).unsqueeze(1) @ tokens.to(weights.dtype)).to(tokens.dtype)
+    values = tokens.to(weights.dtype)
+    fused = (weights / _nonzero(total)).unsqueeze(1) @ values
+    if mask.requires_grad:
+        fused = fused + _changing_sides(scores, mask, total).unsqueeze(1) @ (values - fused).detach()
+    return fused.to(tokens.dtype)
 
 
 def fuse_on_sheet(tokens: Tensor, scores: Tensor, mask: Tensor, image: Tensor, images: int) -> Tensor:
@@ -32,15 +40,27 @@ def fuse_on_sheet(tokens: Tensor, scores: Tensor, mask: Tensor, image: Tensor, i
         scores, mask: ``[S]``; the mask of what is no patch is 1.
         image: ``[S]``, each token's image.
     """
-    weights = _weights(scores, mask)
-    total = weights.new_zeros(images).index_add(0, image, weights)
-    shares = weights / _nonzero(total).index_select(0, image)
-    fused = shares.new_zeros(images, tokens.shape[1])
-    return fused.index_add(0, image, shares[:, None] * tokens.to(shares.dtype)).to(tokens.dtype)
+    scores = scores + _TINY
+    weights = scores * (mask <= 0.5)
+    total = weights.new_zeros(images).index_add(0, image, weights).index_select(0, image)
+    shares, values = weights / _nonzero(total), tokens.to(weights.dtype)
+    fused = shares.new_zeros(images, tokens.shape[1]).index_add(0, image, shares[:, None] * values)
+    if mask.requires_grad:
+        apart = (values - fused.index_select(0, image)).detach()
+        fused = fused.index_add(0, image, _changing_sides(scores, mask, total)[:, None] * apart)
+    return fused.to(tokens.dtype)
 
 
-def _weights(scores: Tensor, mask: Tensor) -> Tensor:
-    return (scores + _TINY) * (1 - mask.to(scores.dtype))
+def _changing_sides(scores: Tensor, mask: Tensor, total: Tensor) -> Tensor:
+    """0 for each patch, with the mask's gradient: the share of the fused token that a kept patch would become, or a
+    dropped one is.
+
+    Args:
+        total: sum of the scores of the dropped.
+    """
+    kept = (mask > 0.5).to(scores.dtype)
+    share = scores.detach() / (total.detach() + scores.detach() * kept)
+    return (kept - mask.to(scores.dtype)) * share
 
 
 def _nonzero(total: Tensor) -> Tensor:

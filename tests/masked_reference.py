@@ -73,11 +73,33 @@ def masked_training(model: Any, images: Tensor, epsilon: float = 1e-6) -> tuple[
             live = masks[-1] > 0.5 if masks else torch.ones_like(scores, dtype=torch.bool)
             masks.append(selector(scores, masks[-1] if masks else None, len(masks)))
             if selector.config.dropped == "fused":
-                weights = torch.where(live, (scores + 1e-8) * (1 - masks[-1]), 0.0)
-                any_dropped = (live & (masks[-1] <= 0.5)).any(dim=1, keepdim=True)
-                total = torch.where(any_dropped, weights.sum(dim=1, keepdim=True), 1.0)
-                token = ((weights / total)[:, :, None] * x[:, prefix : prefix + patches]).sum(dim=1, keepdim=True)
+                token, any_dropped = fused_token(x[:, prefix : prefix + patches], scores, masks[-1], live)
                 x = torch.cat([x, token], dim=1)
                 fused = torch.cat([fused, any_dropped.to(x.dtype)], dim=1)
     logits = model.forward_head(model.norm(x[:, :prefix]))
     return logits, Selection(selector.stages, tuple(masks), prefix, fuses=selector.config.dropped == "fused")
+
+
+def fused_token(x: Tensor, scores: Tensor, mask: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """The token of a stage ``[B, 1, C]``, and whether an image has one ``[B, 1]``. To the mask of a kept patch it tells
+    how the token would change if the patch were dropped, by doing it; to that of a dropped one its share of the token.
+    """
+
+    def mean(kept: Tensor) -> Tensor:
+        weights = torch.where(live & (kept <= 0.5), scores + 1e-8, 0.0)
+        total = weights.sum(dim=1, keepdim=True)
+        return ((weights / torch.where(total == 0, 1.0, total))[:, :, None] * x).sum(dim=1)
+
+    token, hard = mean(mask), (mask > 0.5).to(mask.dtype)
+    dropped = live & (hard <= 0.5)
+    share = torch.where(dropped, scores + 1e-8, 0.0)
+    share = share / share.sum(dim=1, keepdim=True).clamp(min=1e-30)
+    for patch in range(mask.shape[1]):
+        without = hard.clone()
+        without[:, patch] = 0.0
+        moved = torch.where(
+            dropped[:, patch, None], share[:, patch, None] * (x[:, patch] - token), mean(without) - token
+        ).detach()
+        slope = torch.where(live[:, patch, None], moved, 0.0)
+        token = token - (mask[:, patch] - hard[:, patch])[:, None] * slope
+    return token[:, None], dropped.any(dim=1, keepdim=True)

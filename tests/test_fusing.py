@@ -42,9 +42,40 @@ def test_on_a_sheet_it_is_the_same(images: int, seed: int) -> None:
     assert bool((whole[nothing] == 0).all())
 
 
-def test_the_mask_learns_what_the_token_would_lose() -> None:
-    """Keeping patch j takes score_j * (x_j - mean) / sum of scores out of the mean of the dropped."""
+def test_the_mask_learns_what_a_patch_would_change() -> None:
+    """The mean of the dropped is 3/4 * 1 + 1/4 * 9 = 3. With the kept patch it would be 3 + 7/11 * (5 - 3): keeping it
+    spares the token this change. Of the dropped ones each has its share: 3/4 * (1 - 3), 1/4 * (9 - 3)."""
     tokens = torch.tensor([[[1.0], [5.0], [9.0]]], dtype=torch.float64)
     scores, mask = torch.tensor([[3.0, 7.0, 1.0]]).double(), torch.tensor([[0.0, 1.0, 0.0]]).double().requires_grad_()
+    fused = fuse(tokens, scores, mask)
+    torch.testing.assert_close(fused, torch.full_like(fused, 3.0))
+    (gradient,) = torch.autograd.grad(fused.sum(), mask)
+    torch.testing.assert_close(gradient, -torch.tensor([[3 / 4 * (1 - 3), 7 / 11 * (5 - 3), 1 / 4 * (9 - 3)]]).double())
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 1000))
+def test_a_kept_patch_that_is_dropped_changes_the_token_by_its_gradient(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randn(1, 6, 1, dtype=torch.float64, generator=generator)
+    scores = torch.rand(1, 6, dtype=torch.float64, generator=generator)
+    mask = torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0, 1.0]]).double().requires_grad_()
+    fused = fuse(tokens, scores, mask)
+    (gradient,) = torch.autograd.grad(fused.sum(), mask)
+    for patch in range(2, 6):
+        without = mask.detach().clone()
+        without[0, patch] = 0
+        torch.testing.assert_close(fuse(tokens, scores, without) - fused, -gradient[:, patch].view(1, 1, 1))
+
+
+def test_the_gradient_stays_small_where_little_is_dropped() -> None:
+    """One patch of 1,000, with a thousandth of the scores of the others."""
+    tokens = torch.randn(1, 1000, 4, generator=torch.Generator().manual_seed(0))
+    scores = torch.full((1, 1000), 1.0)
+    scores[0, 0] = 1e-3
+    mask = torch.ones(1, 1000)
+    mask[0, 0] = 0
+    mask.requires_grad_()
     (gradient,) = torch.autograd.grad(fuse(tokens, scores, mask).sum(), mask)
-    torch.testing.assert_close(gradient, -torch.tensor([[3 * (1 - 3), 7 * (5 - 3), 1 * (9 - 3)]]).double() / 4)
+    largest = (tokens - tokens[:, :1]).sum(dim=2).abs().max()
+    assert float(gradient.abs().max()) <= float(largest)

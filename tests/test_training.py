@@ -306,6 +306,20 @@ def json_like(state: Any) -> Any:
     return state
 
 
+@pytest.mark.parametrize(("clip", "told"), [(1e-6, 1), (0.5, 0), (None, 0)])
+def test_a_run_says_once_that_clipping_leaves_next_to_nothing(clip: float | None, told: int, tmp_path: Path) -> None:
+    lines: list[str] = []
+
+    class Listening(Display):
+        def line(self, text: str) -> None:
+            lines.append(text)
+
+    run(start(tmp_path, {"training": {"clip_grad": clip, "log_every": 1}}), Listening)
+    found = [line for line in lines if "so most weights hardly learn" in line]
+    assert len(found) == told
+    assert all(line.startswith("step 1: gradients have a norm of ") and "clipped to 1e-06" in line for line in found)
+
+
 def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
     trainer = make_trainer({"training": {"max_bad_steps": 3}})
     trainer.objective.loss = Sick(trainer.objective.loss, lambda call: call > 2)

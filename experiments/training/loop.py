@@ -25,6 +25,9 @@ from experiments.training.trainer import StepResult, Trainer, TrainingError
 from models import create_model
 from sparse_trainer.files.checkpoint import CheckpointError, SparseInfo, save_resume, save_sparse
 
+CUT = 1000
+"""Times that gradients may be longer than what they are clipped to, on the mean, before the run says so."""
+
 
 class Stopped(Exception):
     """A signal ended the run before its last step; everything done so far is saved."""
@@ -111,6 +114,7 @@ class Loop:
         self._resumed = False
         self._metrics_size, self._metrics_line = 0, dict[str, float]()
         self._images_since, self._seconds_since = 0, 0.0
+        self._told_of_cut = False
         self.journal: Journal | None = None  # of the first process, while it runs
 
     @property
@@ -280,6 +284,7 @@ class Loop:
         if tried % trainer.config.training.log_every == 0 or trainer.finished:
             numbers = self._measure()
             display.status(tried, trainer.epoch, numbers["train/loss"], numbers["train/images_per_second"])
+            self._tell_of_cut(numbers["train/grad_norm"], display)
         elif result.update is None:
             return
         with self._writing():
@@ -289,6 +294,16 @@ class Loop:
                 self.journal.writer.add_numbers(numbers, tried)
                 if not self._evaluation_due:
                     self.journal.writer.end_line()
+
+    def _tell_of_cut(self, norm: float, display: Display) -> None:
+        """Say once where clipping leaves next to nothing of the gradients of most weights."""
+        clip = self.trainer.config.training.clip_grad
+        if clip is not None and norm > CUT * clip and not self._told_of_cut:
+            self._told_of_cut = True
+            display.line(
+                f"step {self.trainer.tried:,}: gradients have a norm of {norm:.3g} and are clipped to {clip:g}, so "
+                "most weights hardly learn; see train/grad_norm, and try a lower optimizer.lr or another selector"
+            )
 
     def _measure(self) -> dict[str, float]:
         """By tag, what happened since the last record."""

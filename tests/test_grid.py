@@ -185,7 +185,10 @@ def test_a_grid_runs_goes_on_and_reports(
     picture = tmp_path / "picture.png"
     monkeypatch.setattr(speed_picture, "RESULTS", tmp_path / "results")
     assert (
-        speed_picture.main(["small=Small:dense,half=half of the weights", "--kernels", "--output", str(picture)]) == 0
+        speed_picture.main(
+            ["small=Small:dense,half=half of the weights", "--output", str(picture), "--kernels", "small"]
+        )
+        == 0
     )
     assert picture.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit):

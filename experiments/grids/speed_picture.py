@@ -1,9 +1,9 @@
 """``python -m experiments.grids.speed_picture GRID=TITLE:ENTRY=LABEL,... --output FILE``: accuracy over measured
 throughput.
 
-With ``--kernels`` the throughput is that with kernels that skip dead weights. A line stands where the dense network
-runs in onnxruntime, if that was measured. It reads the reports in ``experiments/results``; nothing is trained or timed.
-Needs matplotlib.
+Of the grids after ``--kernels`` the throughput is that with kernels that skip dead weights, and a line stands where the
+dense network runs in onnxruntime, if that was measured. It reads the reports in ``experiments/results``; nothing is
+trained or timed. Needs matplotlib.
 """
 
 from __future__ import annotations
@@ -50,17 +50,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.grids.speed_picture", description=__doc__)
     parser.add_argument("grids", nargs="+", metavar="GRID=TITLE:ENTRY=LABEL,...")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--kernels", action="store_true", help="the throughput with kernels that skip dead weights")
+    parser.add_argument(
+        "--kernels",
+        nargs="+",
+        default=[],
+        metavar="GRID",
+        help="of these, the throughput with kernels that skip dead weights",
+    )
     options = parser.parse_args(arguments)
     panels: dict[str, tuple[Sequence[tuple[str, float, float, float]], float | None]] = {}
-    speed = "kernels_ratio" if options.kernels else "throughput_ratio"
     for argument in options.grids:
         grid, _, entries = argument.partition(":")
         name, _, title = grid.partition("=")
         try:
             report = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-            points = points_of(report, entries.split(","), speed)
-            panels[title or name] = points, report["speeds"]["baseline"].get("onnxruntime_ratio")
+            with_kernels = name in options.kernels
+            points = points_of(report, entries.split(","), "kernels_ratio" if with_kernels else "throughput_ratio")
+            in_onnxruntime = report["speeds"]["baseline"].get("onnxruntime_ratio") if with_kernels else None
+            panels[title or name] = points, in_onnxruntime
         except (OSError, ValueError) as error:
             parser.error(f"{argument}: {error}")
         except KeyError as error:
@@ -72,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _draw(panels: Mapping[str, tuple[Sequence[tuple[str, float, float, float]], float | None]], file: Path) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11 if len(panels) > 1 else 8, 3.9), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(max(8, 5.5 * len(panels)), 3.9), facecolor="white", layout="constrained")
     for axes, (name, (points, in_onnxruntime)) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):

@@ -267,9 +267,11 @@ def test_what_a_grid_knows_is_not_trained_again(
     monkeypatch.setattr("experiments.grids.grid.draw", lambda *_: None)
     file = tmp_path / "g.yaml"
 
-    def run(runs: str, density: float, *options: str) -> list[str]:
+    def run(runs: str, density: float, *options: str, more: bool = False) -> list[str]:
         trained.clear()
-        entries = {"dense": {"sparsity": None}, "half": {"sparsity": {"density": density}}}
+        entries: dict[str, object] = {"dense": {"sparsity": None}, "half": {"sparsity": {"density": density}}}
+        if more:
+            entries["more"] = {"model": {"start": "{run:dense}"}}
         grid = {"recipe": "quickstart", "seeds": [0, 1], "baseline": "dense", "entries": entries}
         file.write_text(yaml.safe_dump(grid))
         assert main([str(file), "--runs", str(tmp_path / runs), "--results", str(tmp_path), *options]) == 0
@@ -281,5 +283,7 @@ def test_what_a_grid_knows_is_not_trained_again(
     assert [(row["entry"], row["top1"]) for row in rows] == [("dense", [50.0, 51.0]), ("half", [50.0, 51.0])]
     assert rows[1]["difference"] == 0.0
     assert run("elsewhere again", 0.4) == ["half-0", "half-1"], "another density is another run"
+    assert run("for others", 0.4, more=True) == ["dense-0", "dense-1", "more-0", "more-1"], "its folder is needed"
+    assert run("nowhere", 0.4, more=True) == []
     assert run("with options", 0.4, "--training.epochs=1") == ["dense-0", "dense-1", "half-0", "half-1"]
     capsys.readouterr()

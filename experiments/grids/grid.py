@@ -134,7 +134,7 @@ class Runs:
         threads: CPU threads of each run.
         extra: options of ``train`` for all of them.
         only: entries to train, and what they need; all of them, if None.
-        known: outcomes of runs that are not trained again.
+        known: outcomes of runs that are not trained again, unless others start from them.
     """
 
     def __init__(
@@ -155,6 +155,12 @@ class Runs:
         """Entry and seed; seed by seed, so that a grid that is cut off has whole comparisons."""
         return ((entry, seed) for seed in self.grid.seeds for entry in self.entries)
 
+    def _is_due(self, entry: str, seed: int) -> bool:
+        """Whether the run is not known, or another one that is due needs its folder."""
+        if seed not in self.known.get(entry, {}):
+            return True
+        return any(self._is_due(other, seed) for other in self.entries if entry in self.grid.needs(other))
+
     def _with_needs(self, entries: Sequence[str]) -> set[str]:
         found = set(entries)
         for entry in entries:
@@ -174,7 +180,7 @@ class Runs:
 
     def _one(self, entry: str, seed: int) -> str | None:
         try:
-            if seed in self.known.get(entry, {}):
+            if not self._is_due(entry, seed):
                 return None
             for needed in sorted(self.grid.needs(entry)):
                 self._done[needed, seed].wait()

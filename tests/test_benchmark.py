@@ -243,6 +243,22 @@ def test_times_stay_with_their_run(monkeypatch: pytest.MonkeyPatch) -> None:
         return work
 
     assert alternate(takes(1.0), takes(2.0), takes(4.0), device=CPU, pairs=3) == [(1.0, 2.0, 4.0)] * 3
+    monkeypatch.setattr("experiments.benchmarks.timing.time.sleep", lambda seconds: takes(seconds)())
+    # What is short runs until the processor is awake: 3 times 0.01 seconds, each time; what is long only at first.
+    calls: list[str] = []
+
+    def short() -> None:
+        calls.append("short")
+        takes(0.011)()
+
+    def long() -> None:
+        calls.append("long")
+        takes(1.0)()
+
+    rounds = alternate(short, long, device=CPU, pairs=2, rest=0.2)
+    assert [round(seconds, 6) for seconds, _ in rounds] == [0.011, 0.011]
+    assert [round(seconds, 6) for _, seconds in rounds] == [1.0, 1.0]
+    assert calls == ["short"] * 4 + ["long"] * 2 + ["long"] + ["short"] * 4
     found = paired(takes(1.0), takes(3.0), device=CPU, pairs=3, each=7)
     assert (found.first, found.second, found.ratio) == (1.0, 3.0, 3.0)
 

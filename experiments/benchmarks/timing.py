@@ -122,20 +122,29 @@ def paired(
     return summarize([(a / each, b / each) for a, b in times])
 
 
+WAKE = 0.03
+"""Seconds that a processor is given to wake up; what takes longer than that needs none."""
+
+
 def alternate(
     *runs: Callable[[], object], device: torch.device, pairs: int, rest: float = 0.0
 ) -> list[tuple[float, ...]]:
     """Seconds of each of the ``runs`` in each of ``pairs`` rounds; every second round goes the other way round.
 
     Args:
-        rest: seconds of silence before each timing, for libraries whose threads stay busy for a while after a run.
+        rest: seconds of silence before each timing, for libraries whose threads stay busy for a while after a run. What
+            is short runs for a while before it is timed, since a processor that has rested has to wake up.
     """
     rounds: list[tuple[float, ...]] = []
     for index in range(pairs):
         order = range(len(runs)) if index % 2 == 0 else reversed(range(len(runs)))
         seconds = {}
         for number in order:
-            time.sleep(rest)
+            if rest:
+                time.sleep(rest)
+                awake = time.perf_counter() + WAKE
+                while time.perf_counter() < awake and not (rounds and rounds[-1][number] > WAKE):
+                    runs[number]()
             seconds[number] = timed(runs[number], device)
         rounds.append(tuple(seconds[number] for number in range(len(runs))))
     return rounds

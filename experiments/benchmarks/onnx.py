@@ -5,8 +5,10 @@ from __future__ import annotations
 import statistics
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from experiments.benchmarks.setting import (
     Setting,
@@ -19,8 +21,11 @@ from experiments.benchmarks.setting import (
     textured_images,
 )
 from experiments.benchmarks.timing import Figure, alternate, percentiles_of, summarize
-from experiments.exports.onnx import export_onnx, onnx_session, require_onnx, run_onnx
+from experiments.exports.onnx import build_onnx, export_onnx, onnx_session, require_onnx, run_onnx
 from sparse_trainer import flops
+
+if TYPE_CHECKING:
+    from onnxruntime import InferenceSession
 
 CPU = torch.device("cpu")
 WARMUP = 2
@@ -28,6 +33,17 @@ WARMUP = 2
 REST = 0.2
 """Seconds before each timing: onnxruntime's threads wait busily for more work, up to 80 ms long on the machine on which
 this was looked at, and would take a core from whoever comes next."""
+
+
+def session_for(model: nn.Module, images: Tensor) -> InferenceSession:
+    """The model in onnxruntime, on as many threads as torch has, for images ``[B, C, H, W]``.
+
+    Raises:
+        ConfigError: a library is missing.
+        CheckpointError: the model cannot be written as ONNX.
+    """
+    size = (images.shape[1], images.shape[2], images.shape[3])
+    return onnx_session(build_onnx(model, size).SerializeToString(), torch.get_num_threads())
 
 
 def benchmark_onnx(setting: Setting, structure: Structure) -> list[Figure]:

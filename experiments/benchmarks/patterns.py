@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.benchmarks.inference import calibrate
-from experiments.benchmarks.onnx import CPU, REST, WARMUP
+from experiments.benchmarks.onnx import CPU, REST, WARMUP, session_for
 from experiments.benchmarks.setting import (
     Setting,
     Structure,
@@ -28,7 +28,7 @@ from experiments.benchmarks.setting import (
 from experiments.benchmarks.timing import Figure, alternate, summarize
 from experiments.config.reading import naming
 from experiments.errors import ConfigError
-from experiments.exports.onnx import build_onnx, onnx_session, require_onnx, run_onnx
+from experiments.exports.onnx import require_onnx, run_onnx
 from models import tokens_per_block
 from sparse_trainer import accelerate, flops
 from sparse_trainer.kernels.accelerate import KERNELS, describe_choices
@@ -79,12 +79,10 @@ def benchmark_patterns(setting: Setting, patterns: Patterns, kept: Structure) ->
     """
     require_onnx("patterns")
     dense = make_model(setting).eval()
-    session = onnx_session(
-        build_onnx(dense, (3, setting.image_size, setting.image_size)).SerializeToString(), torch.get_num_threads()
-    )
     dense_macs = flops.count(dense).macs
     figures = []
     images = textured_images(max(patterns.batches), setting.image_size, CPU)
+    session = session_for(dense, images)
     for pattern, density in _variants(patterns):
         name = f"{pattern} at {density:g}"
         model, masks = _masked(setting, kept, pattern, density, images)

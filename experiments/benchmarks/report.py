@@ -21,12 +21,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from experiments.benchmarks.images import sample
-from experiments.benchmarks.onnx import REST
+from experiments.benchmarks.onnx import REST, session_for
 from experiments.benchmarks.setting import Setting, Step, classifier, inference
 from experiments.benchmarks.timing import PERCENTILES, Spread, alternate, peak_memory, percentiles_of, spread
 from experiments.errors import ConfigError
 from experiments.evaluation.measuring import TokenUse, count_used, describe_tokens, known_tokens
-from experiments.exports.onnx import build_onnx, onnx_session, require_onnx, run_onnx
+from experiments.exports.onnx import run_onnx
 from experiments.training.pretrained import find_checkpoint
 from models import create_model, tokens_per_block
 from sparse_trainer.files.checkpoint import (
@@ -328,9 +328,7 @@ def measure_report(setting: Setting, options: ReportOptions) -> Report:
 def onnx_rows(dense: nn.Module, sparse: nn.Module, images: Tensor, setting: Setting) -> list[Row]:
     """Throughput beside the dense twin in onnxruntime, where that is installed and takes the twin."""
     try:
-        require_onnx()
-        size = (images.shape[1], images.shape[2], images.shape[3])
-        session = onnx_session(build_onnx(dense, size).SerializeToString(), torch.get_num_threads())
+        session = session_for(dense, images)
     except (ConfigError, CheckpointError):
         return []
     times = alternate(

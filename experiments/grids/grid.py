@@ -37,7 +37,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -49,7 +49,7 @@ from experiments.grids.chance import measure_chance
 from experiments.grids.memory import digest, recall, remember
 from experiments.grids.plot import draw
 from experiments.grids.report import Outcome, compare, compare_with_chance, read_outcome, summarize, to_markdown
-from experiments.grids.speed import measure_speed
+from experiments.grids.speed import Precision, measure_speed
 from sparse_trainer.files.checkpoint import CheckpointError
 
 NEEDED = re.compile(r"\{run:([^}]*)\}")
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--measure-amp",
-        choices=("float32", "bfloat16"),
+        choices=get_args(Precision),
         help="precision of what is timed, in place of that of the runs",
     )
     options, extra = parser.parse_known_args(arguments)

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from experiments.benchmarks.onnx import REST, WARMUP
+from experiments.benchmarks.onnx import REST, WARMUP, session_for
 from experiments.benchmarks.timing import alternate, describe_machine, paired, summarize
 from experiments.config.reading import load_config
 from experiments.config.run_config import RunConfig, resolve
@@ -23,7 +23,7 @@ from experiments.data.create_data import Data, create_data
 from experiments.errors import ConfigError
 from experiments.evaluation.measuring import measure
 from experiments.evaluation.precision import precision_context
-from experiments.exports.onnx import build_onnx, onnx_session, require_onnx, run_onnx
+from experiments.exports.onnx import run_onnx
 from experiments.training.trainer import Trainer
 from models import create_model
 from models.threshold_selector import ThresholdSelector
@@ -135,9 +135,7 @@ class _Classifier:
         if self.batch.device.type != "cpu" or self.amp != "float32":
             return {}
         try:
-            require_onnx()
-            size = (self.batch.shape[1], self.batch.shape[2], self.batch.shape[3])
-            session = onnx_session(build_onnx(self.model, size).SerializeToString(), torch.get_num_threads())
+            session = session_for(self.model, self.batch)
         except (ConfigError, CheckpointError):
             return {}
         rounds = alternate(

@@ -271,10 +271,12 @@ template <int V, class E> void any_work(Job *job, float *tile) {
         }
         if (c < chunks - 1) continue;
         E *out = y + token * job->y_stride + o0;
-        if (sizeof(E) == 4 && outputs == OUTPUTS) {  // faster than the way below where y is larger than the caches
-          for (int t = 0; t < valid; t++)
-            for (int n = 0; n < OUTPUTS; n++) narrow(results[n * T + t], out + t * job->y_stride + n);
-          continue;
+        if constexpr (sizeof(E) == 4) {
+          if (outputs == OUTPUTS) {  // faster than the way below where y is larger than the caches
+            for (int t = 0; t < valid; t++)
+              for (int n = 0; n < OUTPUTS; n++) out[t * job->y_stride + n] = results[n * T + t];
+            continue;
+          }
         }
         for (int t0 = 0; t0 < valid; t0 += LANES)
           for (int n = 0; n < outputs; n += LANES) {

@@ -48,17 +48,6 @@ inline float widen(BFloat16 value) {
   return result;
 }
 
-inline void narrow(float value, float *to) { *to = value; }
-inline void narrow(float value, BFloat16 *to) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u)
-    bits |= 0x00400000u;  // NaN stays NaN
-  else
-    bits += 0x7fffu + ((bits >> 16) & 1u);  // to the nearest, ties to even
-  to->bits = uint16_t(bits >> 16);
-}
-
 template <int N> inline void store_outputs(float *to, Vector<N> value, int count) {
   if (count >= N)
     store<N>(to, value);

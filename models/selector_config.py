@@ -13,6 +13,8 @@ _ONLY_FOR: dict[str, tuple[str, ...]] = {
     "top_k": ("keep_ratio", "ramp", "gradient", "noise", "tau_start", "tau_end", "zeroing", "seed"),
     "threshold": ("thresholds", "temperature", "borderline"),
 }
+#: What these were by default before. Files and configurations of that time hold them for kind threshold too.
+_EARLIER_DEFAULTS: dict[str, object] = {"gradient": "factor", "noise": 1.0}
 _DEFAULT_STAGES: dict[str, tuple[int, ...]] = {"top_k": (0,), "threshold": (4, 7, 10)}
 
 
@@ -42,14 +44,14 @@ class SelectorConfig:
     ramp: float = 0.0
     """top_k: share of the run over which, in training, keep_ratio falls evenly from 1 to what it is; evaluation keeps
     what it is from the start. torch.compile compiles for every number of patches on the way."""
-    gradient: Literal["factor", "attention"] = "factor"
-    """top_k: by what the scorer learns that a kept patch was worth it. factor: what the loss would gain if the patch
-    were multiplied by more than 1 (published). attention: if the other tokens looked at it more, in the block that
-    follows. From a trained network the latter, without noise, chose far better than the former with it; from scratch at
-    the input they could not be told apart."""
-    noise: float = 1.0
-    """top_k: of the Gumbel noise that scores get in training, which tries out other patches than evaluation takes (1:
-    published; 0: none)."""
+    gradient: Literal["factor", "attention"] = "attention"
+    """top_k: by what the scorer learns that a kept patch was worth it. attention: what the loss would gain if the other
+    tokens looked at it more, in the block that follows. factor: if it were multiplied by more than 1 (published). From
+    a trained network the former, without noise, chose far better than the latter with it, which chose worse than
+    chance; from scratch at the input they could not be told apart."""
+    noise: float = 0.0
+    """top_k: of the Gumbel noise that scores get in training, which tries out other patches than evaluation takes (0:
+    none; 1: published)."""
     tau_start: float = 10.0
     """top_k: softmax temperature at the start of training."""
     tau_end: float = 0.1
@@ -69,6 +71,10 @@ class SelectorConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.kind, str) or self.kind not in _DEFAULT_STAGES:
             raise ValueError(f"kind: {self.kind!r} is not one of {', '.join(_DEFAULT_STAGES)}")
+        if self.kind == "threshold":
+            for name, earlier in _EARLIER_DEFAULTS.items():
+                if getattr(self, name) == earlier:
+                    object.__setattr__(self, name, type(self).__dataclass_fields__[name].default)
         stages = _as_tuple(_DEFAULT_STAGES[self.kind] if self.stages is None else self.stages)
         object.__setattr__(self, "stages", stages)
         if self.kind == "threshold":
@@ -115,7 +121,7 @@ class SelectorConfig:
         check("zeroing", "true or false", isinstance(self.zeroing, bool))
         check("seed", "a whole number from 0 to 2^63 - 1", whole(self.seed) and 0 <= self.seed < 2**63)
         if self.zeroing is True and self.gradient != "factor":
-            problems.append("zeroing: it multiplies by the mask, and needs gradient: factor")
+            problems.append("zeroing: it multiplies by the mask, and needs gradient: factor (published with noise: 1)")
         if self.zeroing is True and self.dropped != "gone":
             problems.append("zeroing: it carries the dropped patches along, and needs dropped: gone")
         if self.zeroing is True and len(stages) > 1:

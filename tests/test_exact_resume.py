@@ -70,12 +70,12 @@ VARIANTS: dict[str, Changes] = {
         },
         "training": {**SHORT["training"], "ema_decay": 0.9},
     },
-    "tokens": {"sparsity": None, "selector": {"keep_ratio": 0.5}},
+    "tokens": {"sparsity": None, "selector": {"keep_ratio": 0.5, "noise": 1.0}},
     "joint": {
         "sparsity": {
             **SHORT["sparsity"], "density": 0.35, "head_density": 0.67, "neuron_density": 0.5, "swap": "always",
         },
-        "selector": {"keep_ratio": 0.5},
+        "selector": {"keep_ratio": 0.5, "noise": 1.0},
         "training": {**SHORT["training"], "ema_decay": 0.9},
     },
     "thresholds": {

@@ -91,7 +91,7 @@ def test_an_onnx_file_holds_what_it_needs_and_nothing_of_this_machine(tmp_path: 
     model = save_random(
         path,
         "vit_small_patch16_224",
-        selector={**TOP_K, "zeroing": True},
+        selector={**TOP_K, "gradient": "factor", "zeroing": True},
         reg_tokens=2,
         global_pool="avg",
         qk_norm=True,

@@ -57,6 +57,21 @@ def test_the_comparison_by_hand(tmp_path: Path) -> None:
     assert (half_row["live_ratio"], half_row["macs_ratio"]) == (0.5, 0.6)
 
 
+def test_the_macs_of_training_are_those_it_noted(tmp_path: Path) -> None:
+    """On a ramp evaluation keeps few patches from the start; training comes down to them at half of the steps."""
+    write_run(tmp_path / "plain", [50.0, 60.0], 100, 600.0)
+    write_run(tmp_path / "ramp", [50.0, 60.0], 100, 600.0)
+    with (tmp_path / "ramp" / "metrics.jsonl").open("a") as file:
+        file.writelines(
+            json.dumps({"step": step, "train/macs": macs}) + "\n" for step, macs in ((5, 1000.0), (10, 600.0))
+        )
+    plain, ramp = (read_outcome(tmp_path / name) for name in ("plain", "ramp"))
+    assert plain is not None
+    assert ramp is not None
+    assert (plain.macs, plain.training_macs) == (600.0, 600.0)
+    assert (ramp.macs, ramp.training_macs) == (600.0, pytest.approx((5 * 1000 + 10 * 600) / 15))
+
+
 def test_pairs_are_compared_over_the_seeds_they_share() -> None:
     """Seeds 1 and 2 differ by 3 and 1: mean 2, standard error 1, Student's t of one degree at 97.5 % is 12.7062."""
 

@@ -121,7 +121,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "units": {
         "sparsity": {"density": None, "head_density": 0.67, "neuron_density": 0.5, "updates": None, "update_every": 100}
     },
-    "top_k": {"selector": {"keep_ratio": 0.5}, "sparsity": None},
+    "top_k": {"selector": {"keep_ratio": 0.5, "noise": 1.0}, "sparsity": None},
     "threshold": {"selector": {"kind": "threshold", "stages": [1]}, "sparsity": None},
     "everything": {**EVERYTHING, "sparsity": {"density": 0.5, "updates": None, "update_every": 100}},
 }

@@ -39,7 +39,7 @@ THRESHOLD = {"kind": "threshold", "stages": [1], "thresholds": [1 / 197], "tempe
 JOINT: dict[str, dict[str, Any]] = {
     "model": {"kwargs": {"embed_dim": 24, "depth": 2, "patch_size": 7, "num_heads": 3}},
     "sparsity": {"density": 0.4, "head_density": 0.67, "neuron_density": 0.5, "swap": "always", "start": "score"},
-    "selector": {"keep_ratio": 0.5},
+    "selector": {"keep_ratio": 0.5, "noise": 1.0},
     "training": {"ema_decay": 0.9},
 }
 
@@ -193,6 +193,20 @@ def test_the_macs_of_a_top_k_model_are_the_formula() -> None:
     assert trainer.dense_macs == pytest.approx(count(model).macs - 16 * 24)  # without the scorer
 
 
+def test_the_macs_of_training_fall_where_patches_do() -> None:
+    """From all 16 patches to 8 over the first half of the run; evaluation keeps 8 from the start."""
+    trainer = no_noise({"selector": {"keep_ratio": 0.5, "ramp": 0.5}})
+    expected = {
+        progress: 16 * 49 * 24 + 24 * 10 + 16 * 24 + 2 * block_macs(1 + kept, 24, 3, 8, 96)
+        for progress, kept in ((0.0, 16), (0.25, 12), (0.5, 8), (1.0, 8))
+    }
+    for progress, macs in expected.items():
+        trainer.model.set_progress(progress)
+        assert trainer.training_macs() == {"train/macs": macs}
+        assert trainer.count().live_macs == expected[1.0]
+    assert no_noise({"selector": {"keep_ratio": 0.5}}).training_macs() == {}
+
+
 @pytest.mark.parametrize(
     "selector",
     [
@@ -200,7 +214,7 @@ def test_the_macs_of_a_top_k_model_are_the_formula() -> None:
         {"keep_ratio": 0.7, "stages": [0, 1], "dropped": "fused"},
         {"keep_ratio": 1.0, "dropped": "fused"},
         {"keep_ratio": 0.01},
-        {"keep_ratio": 0.5, "zeroing": True, "stages": [1]},
+        {"keep_ratio": 0.5, "gradient": "factor", "zeroing": True, "stages": [1]},
     ],
 )
 def test_what_top_k_keeps_is_known_before_it_is_measured(selector: dict[str, Any]) -> None:

@@ -77,7 +77,7 @@ KINDS: dict[str, Change] = {
         }
     },
     "structured": {"sparsity": {**UNITS, "density": None, "start": "score"}},
-    "top_k": {"selector": {"keep_ratio": 0.5}, "data": {"mixup": 0.8, "batch_size": 12}},
+    "top_k": {"selector": {"keep_ratio": 0.5, "noise": 1.0}, "data": {"mixup": 0.8, "batch_size": 12}},
     "threshold": THRESHOLD,
     "joint": {**THRESHOLD, "sparsity": UNITS, "losses": {"macs_target": 0.5, "macs_weight": 1000.0}},
     "everything": {
@@ -316,7 +316,7 @@ class Traffic(TorchDispatchMode):
 
 def traffic(processes: Processes, folder: Path) -> Found:
     """By step: what was sent, whether it was an update; and the size of gradients and masks."""
-    change: Change = {"selector": {"keep_ratio": 0.5}, "training": {"accumulate": 2, "steps": 20}}
+    change: Change = {"selector": {"keep_ratio": 0.5, "noise": 1.0}, "training": {"accumulate": 2, "steps": 20}}
     trainer = advance(make(processes, {**change, "sparsity": {"growth_batches": 1}}), 2)
     steps = []
     for _ in range(8):

@@ -15,7 +15,7 @@ from sparse_trainer.units import find_blocks
 from tests.conftest import TINY
 
 UNITS = {"head_density": 0.67, "neuron_density": 0.5}
-TOP_K = {"kind": "top_k", "keep_ratio": 0.6}
+TOP_K = {"kind": "top_k", "keep_ratio": 0.6, "noise": 1.0}
 THRESHOLD = {"kind": "threshold", "stages": [1], "thresholds": [0.0045]}
 
 

@@ -11,10 +11,10 @@ import pytest
 from models.selector_config import SelectorConfig
 
 
-def test_defaults_follow_the_papers() -> None:
+def test_defaults_follow_the_papers_but_where_another_way_chose_better() -> None:
     top_k = SelectorConfig()
     assert (top_k.kind, top_k.stages, top_k.tau_start, top_k.tau_end) == ("top_k", (0,), 10.0, 0.1)
-    assert (top_k.gradient, top_k.noise) == ("factor", 1.0)
+    assert (top_k.gradient, top_k.noise) == ("attention", 0.0)
     threshold = SelectorConfig(kind="threshold")
     assert threshold.stages == (4, 7, 10)
     assert threshold.thresholds == (0.001, 0.002, 0.003)
@@ -25,6 +25,12 @@ def test_defaults_follow_the_papers() -> None:
 def test_configuration_survives_json(values: dict[str, Any]) -> None:
     config = SelectorConfig.from_mapping(values)
     assert SelectorConfig.from_mapping(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_thresholds_of_an_earlier_file_are_read() -> None:
+    """What they are by default, and what the settings of the other kind were by default then."""
+    earlier = {**SelectorConfig(kind="threshold").to_dict(), "gradient": "factor", "noise": 1.0}
+    assert SelectorConfig.from_mapping(earlier) == SelectorConfig(kind="threshold")
 
 
 @pytest.mark.parametrize(
@@ -51,14 +57,14 @@ def test_configuration_survives_json(values: dict[str, Any]) -> None:
         ({"kind": "threshold", "keep_ratio": 0.5}, "is for kind top_k alone"),
         ({"thresholds": (0.1,)}, "is for kind threshold alone"),
         ({"tau_end": 0.0}, "tau_end: 0.0"),
-        ({"zeroing": True, "stages": (0, 4)}, "it is there for one stage"),
+        ({"zeroing": True}, "needs gradient: factor"),
+        ({"zeroing": True, "gradient": "factor", "stages": (0, 4)}, "it is there for one stage"),
         ({"zeroing": True, "gradient": "attention"}, "needs gradient: factor"),
         ({"gradient": "none"}, "is not one of factor, attention"),
         ({"noise": -1.0}, "noise: -1.0"),
         ({"noise": math.nan}, "noise: nan"),
         ({"noise": math.inf}, "noise: inf"),
-        ({"kind": "threshold", "noise": 0.0}, "is for kind top_k alone"),
-        ({"kind": "threshold", "gradient": "attention"}, "is for kind top_k alone"),
+        ({"kind": "threshold", "noise": 0.5}, "is for kind top_k alone"),
         ({"keep_ratio": "much"}, "keep_ratio: 'much'"),
         ({"tau_start": None}, "tau_start: None"),
         ({"noise": "loud"}, "noise: 'loud'"),

@@ -32,11 +32,12 @@ TINY = {
     "num_classes": 5,
 }
 PATCHES = 16
+PUBLISHED = {"keep_ratio": 0.4, "gradient": "factor", "noise": 1.0}
 ATTENTION = {"keep_ratio": 0.4, "gradient": "attention", "noise": 0.0}
 THRESHOLD = {"kind": "threshold", "stages": (1, 2, 3), "thresholds": (0.0045, 0.0055, 0.007)}
 
 FUSED = {**THRESHOLD, "dropped": "fused"}
-TOP_K_FUSED = {"keep_ratio": 0.4, "stages": (0, 2), "dropped": "fused"}
+TOP_K_FUSED = {**PUBLISHED, "stages": (0, 2), "dropped": "fused"}
 
 #: Everything of timm's block that the selecting forward has to honour.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -152,7 +153,7 @@ def test_training_on_a_sheet_equals_packed_evaluation(variant: str, selector: An
     assert (counts[:, -1] < counts[:, 0]).any()
 
 
-@pytest.mark.parametrize("selector", [THRESHOLD, {"keep_ratio": 0.4, "stages": (0, 2)}, FUSED, TOP_K_FUSED])
+@pytest.mark.parametrize("selector", [THRESHOLD, {**PUBLISHED, "stages": (0, 2)}, FUSED, TOP_K_FUSED])
 @pytest.mark.parametrize("variant", ["plain", "distilled", "registers"])
 def test_logits_do_not_depend_on_the_batch(selector: Any, variant: str) -> None:
     model = tiny(selector, variant).eval()
@@ -204,7 +205,7 @@ def test_any_thresholds_in_any_order(thresholds: list[float], seed: int) -> None
     close(torch.cat([model(one) for one in x.split(1)]), together, 1e-5)
 
 
-@pytest.mark.parametrize("selector", [THRESHOLD, {"keep_ratio": 0.4}, ATTENTION, FUSED, TOP_K_FUSED])
+@pytest.mark.parametrize("selector", [THRESHOLD, PUBLISHED, ATTENTION, FUSED, TOP_K_FUSED])
 def test_an_empty_batch_and_a_diverged_model(selector: Any) -> None:
     model = tiny(selector)
     for training in (False, True):
@@ -250,7 +251,7 @@ def test_scores_are_the_published_formula() -> None:
 
 def test_gathered_top_k_is_attention_masked_to_the_same_tokens() -> None:
     """So the position embedding travels with the token."""
-    model = tiny({"keep_ratio": 0.4}).eval()
+    model = tiny(PUBLISHED).eval()
     x = images(5)
     logits, selection = model(x, return_selection=True)
     assert selection.counts.unique().tolist() == [6]
@@ -303,7 +304,7 @@ def test_positions_of_later_stages_are_on_the_first_grid() -> None:
 
 @pytest.mark.parametrize(
     "selector",
-    [{"keep_ratio": 0.4, "stages": (0, 2)}, {**ATTENTION, "stages": (0, 2)}, THRESHOLD, FUSED, TOP_K_FUSED],
+    [{**PUBLISHED, "stages": (0, 2)}, {**ATTENTION, "stages": (0, 2)}, THRESHOLD, FUSED, TOP_K_FUSED],
 )
 @pytest.mark.parametrize("variant", ["plain", "distilled"])
 def test_selection_learns(selector: Any, variant: str) -> None:
@@ -333,13 +334,13 @@ def test_the_budget_reaches_the_thresholds() -> None:
 @pytest.mark.parametrize(
     "selector",
     [
-        {"keep_ratio": 0.4, "stages": (0, 2), "tau_start": 1.0},
-        {"keep_ratio": 0.4, "stages": (0, 2), "tau_start": 1.0, "gradient": "attention"},
+        {**PUBLISHED, "stages": (0, 2), "tau_start": 1.0},
+        {**PUBLISHED, "stages": (0, 2), "tau_start": 1.0, "gradient": "attention"},
         {**THRESHOLD, "temperature": 300.0},
         {**TOP_K_FUSED, "tau_start": 1.0},
         {**TOP_K_FUSED, "tau_start": 1.0, "gradient": "attention"},
         {**FUSED, "temperature": 300.0},
-        {"keep_ratio": 0.4, "zeroing": True, "tau_start": 1.0},
+        {**PUBLISHED, "zeroing": True, "tau_start": 1.0},
     ],
 )
 def test_gradients_are_those_of_the_surrogate(selector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -432,7 +433,7 @@ def test_top_k_finds_the_patch_that_matters(gradient: str, noise: float) -> None
 
 
 def test_zeroed_patches_are_carried_along() -> None:
-    model = tiny({"keep_ratio": 0.25, "zeroing": True}).eval()
+    model = tiny({**PUBLISHED, "keep_ratio": 0.25, "zeroing": True}).eval()
     seen: list[Tensor] = []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     _, selection = model(images(3), return_selection=True)
@@ -467,7 +468,7 @@ def test_compact_heads_and_neurons() -> None:
     close(model.train()(x), model.eval()(x), 1e-4)
 
 
-@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, ATTENTION, THRESHOLD])
+@pytest.mark.parametrize("selector", [PUBLISHED, ATTENTION, THRESHOLD])
 def test_recomputed_activations_change_nothing(selector: Any) -> None:
     gradients = []
     for recompute in (False, True):
@@ -479,7 +480,7 @@ def test_recomputed_activations_change_nothing(selector: Any) -> None:
         close(recomputed, plain, 1e-6)
 
 
-@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, ATTENTION, THRESHOLD])
+@pytest.mark.parametrize("selector", [PUBLISHED, ATTENTION, THRESHOLD])
 @pytest.mark.parametrize("variant", ["plain", "norms"])
 def test_half_precision(selector: Any, variant: str) -> None:
     model = tiny(selector, variant)
@@ -494,7 +495,7 @@ def test_half_precision(selector: Any, variant: str) -> None:
         logits.float().square().sum().backward()
 
 
-@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, ATTENTION, THRESHOLD])
+@pytest.mark.parametrize("selector", [PUBLISHED, ATTENTION, THRESHOLD])
 def test_distilled_training_returns_both_heads(selector: Any) -> None:
     model = tiny(selector, "distilled").train()
     model.set_distilled_training(True)
@@ -502,7 +503,7 @@ def test_distilled_training_returns_both_heads(selector: Any) -> None:
     assert classes.shape == distilled.shape == (3, 5)
 
 
-@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, ATTENTION, THRESHOLD])
+@pytest.mark.parametrize("selector", [PUBLISHED, ATTENTION, THRESHOLD])
 def test_features_are_what_the_head_reads(selector: Any) -> None:
     model = tiny(selector).eval()
     x = images(4)
@@ -529,18 +530,18 @@ def test_other_image_sizes_keep_the_meaning_of_a_threshold() -> None:
 
 
 def test_a_selector_resumes_bit_for_bit() -> None:
-    model = tiny({"keep_ratio": 0.4}).train()
+    model = tiny(PUBLISHED).train()
     x = images(4)
     model(x)
     state = deepcopy(model.state_dict())
     expected = [model(x) for _ in range(2)]
-    other = tiny({"keep_ratio": 0.4, "seed": 9}).train()
+    other = tiny({**PUBLISHED, "seed": 9}).train()
     other.load_state_dict(state)
     assert all(torch.equal(other(x), logits) for logits in expected)
 
 
 def test_progress_lies_between_0_and_1() -> None:
-    model = tiny({"keep_ratio": 0.4})
+    model = tiny(PUBLISHED)
     model.set_progress(1.0)
     assert model.selector.tau.item() == pytest.approx(0.1)
     tiny(THRESHOLD).set_progress(0.5)
@@ -550,7 +551,7 @@ def test_progress_lies_between_0_and_1() -> None:
 
 # Where the noise is drawn outside the graph, torch.compile looks at the gradient of what lies in between.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("selector", [{"keep_ratio": 0.4}, ATTENTION])
+@pytest.mark.parametrize("selector", [PUBLISHED, ATTENTION])
 def test_compiled_training_is_compiled_once(selector: Any) -> None:
     frames: list[Any] = []
 

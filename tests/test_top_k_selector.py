@@ -66,7 +66,7 @@ def test_noise_in_training_only_and_only_where_asked_for() -> None:
     assert torch.equal(quiet.train()(patches, 0)[0], quiet.eval()(patches, 0)[0])
     assert torch.equal(quiet.generator.get_state(), state)
 
-    selector = TopKSelector(SelectorConfig(keep_ratio=0.5), width=6)
+    selector = TopKSelector(SelectorConfig(keep_ratio=0.5, noise=1.0), width=6)
     first, second = selector(patches, 0)[0], selector(patches, 0)[0]
     assert not torch.equal(first, second)
     selector.eval()
@@ -86,7 +86,7 @@ def test_temperature_falls_linearly() -> None:
 
 
 def test_the_noise_resumes_where_it_stopped(tmp_path: Any) -> None:
-    config, patches = SelectorConfig(keep_ratio=0.5), torch.randn(2, 8, 4, generator=generator())
+    config, patches = SelectorConfig(keep_ratio=0.5, noise=1.0), torch.randn(2, 8, 4, generator=generator())
     selector = TopKSelector(config, width=4)
     selector(patches, 0)
     torch.save(selector.state_dict(), tmp_path / "state.pt")
@@ -99,7 +99,7 @@ def test_the_noise_resumes_where_it_stopped(tmp_path: Any) -> None:
 
 
 def test_a_copy_draws_its_own_noise() -> None:
-    selector = TopKSelector(SelectorConfig(), width=4)
+    selector = TopKSelector(SelectorConfig(noise=1.0), width=4)
     copy = deepcopy(selector)
     before = selector.generator.get_state()
     copy(torch.randn(2, 8, 4), 0)

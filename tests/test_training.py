@@ -177,7 +177,7 @@ def test_the_sparse_file_holds_the_average_where_there_is_one(tmp_path: Path) ->
         },
         {"training": {"amp": "float16"}},
         {"sparsity": None, "optimizer": {"name": "sgd"}},
-        {"selector": {"keep_ratio": 0.5}},
+        {"selector": {"keep_ratio": 0.5, "noise": 1.0}},
     ],
     ids=["everything", "structured", "float16", "dense", "selector"],
 )  # fmt: skip

@@ -117,7 +117,11 @@ class Watching(Objective):
 
 def test_the_step_is_run_again_as_it_was() -> None:
     """An accumulated step in which a selector and drop path draw; it leaves nothing behind."""
-    changes = {"training": {"accumulate": 2}, "model": {"drop_path": 0.3}, "selector": {"keep_ratio": 0.5}}
+    changes = {
+        "training": {"accumulate": 2},
+        "model": {"drop_path": 0.3},
+        "selector": {"keep_ratio": 0.5, "noise": 1.0},
+    }
     trainer, other = (make_trainer(changes) for _ in range(2))
     for one in (trainer, other):
         one.objective.__class__ = Watching

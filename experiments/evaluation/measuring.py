@@ -49,11 +49,16 @@ class TokenUse:
         return {f"tokens_kept/{stage}": kept for stage, kept in zip(self.stages, self.kept, strict=True)}
 
 
-def known_tokens(model: nn.Module) -> TokenUse | None:
-    """What a top-k selector keeps of every image, whatever it shows; None for other models."""
+def known_tokens(model: nn.Module, *, training: bool = False) -> TokenUse | None:
+    """What a top-k selector keeps of every image, whatever it shows; None for other models.
+
+    Args:
+        training: at this moment in training, which differs from evaluation on a ramp.
+    """
     selector = getattr(model, "selector", None)
     if not isinstance(selector, TopKSelector):
         return None
+    ratio = selector.keep_ratio if training else selector.config.keep_ratio
     vit = cast(Any, model)
     prefix, patches = int(vit.num_prefix_tokens), int(vit.patch_embed.num_patches)
     kept: list[int] = []
@@ -61,7 +66,7 @@ def known_tokens(model: nn.Module) -> TokenUse | None:
     tokens, fused = patches, 0
     for block in range(len(vit.blocks)):
         if block in selector.stages:
-            kept.append(kept_count(selector.config.keep_ratio, tokens))
+            kept.append(kept_count(ratio, tokens))
             fused += selector.config.dropped == "fused" and kept[-1] < tokens
             tokens = patches if selector.config.zeroing else kept[-1]
         entering.append(float(prefix + tokens + fused))

@@ -48,7 +48,7 @@ def read_outcome(folder: Path) -> Outcome | None:
         curve=tuple(curve),
         live_parameters=int(values["budget/live_parameters"][-1][1]),
         macs=values["budget/macs"][-1][1],
-        training_macs=mean_over_steps(values["budget/macs"], curve[-1][0]),
+        training_macs=mean_over_steps(values.get("train/macs", values["budget/macs"]), curve[-1][0]),
     )
 
 

@@ -313,6 +313,7 @@ class Loop:
         return {
             **trainer.take_running(),
             **trainer.thresholds(),
+            **trainer.training_macs(),
             "train/lr": trainer.lr,
             "train/images_per_second": speed,
             "train/epoch": trainer.epoch,

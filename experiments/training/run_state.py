@@ -191,8 +191,18 @@ class RunState:
     def count(self) -> Count:
         """Parameters and mean multiply-accumulates of an image, counted now, with the tokens that were kept at the
         last evaluation."""
+        return self._count(self.tokens)
+
+    def training_macs(self) -> dict[str, float]:
+        """``train/macs``, those of an image in training now, where a top-k selector does not keep its share yet."""
+        selector = self.config.selector
+        if selector is None or selector.kind != "top_k" or not selector.ramp:
+            return {}
+        return {"train/macs": self._count(known_tokens(self.model, training=True)).live_macs}
+
+    def _count(self, tokens: TokenUse | None) -> Count:
         size = (self.data.in_chans, self.data.image_size, self.data.image_size)
-        return count_used(self.model, self.masks, self.tokens, size)
+        return count_used(self.model, self.masks, tokens, size)
 
     @property
     def stages(self) -> tuple[int, ...]:

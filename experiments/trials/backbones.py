@@ -88,7 +88,10 @@ FEATURES: dict[str, tuple[SparsityConfig, dict[str, Any] | None]] = {
         SparsityConfig(density=0.25, head_density=0.5, neuron_density=0.5, update_every=1, swap="always"),
         None,
     ),
-    "top-k tokens": (SparsityConfig(density=0.5, update_every=1), {"kind": "top_k", "keep_ratio": 0.5}),
+    "top-k tokens": (
+        SparsityConfig(density=0.5, update_every=1),
+        {"kind": "top_k", "keep_ratio": 0.5, "gradient": "factor"},
+    ),
     "threshold tokens": (
         SparsityConfig(density=0.5, update_every=1),
         {"kind": "threshold", "stages": [1], "thresholds": [0.0065]},

@@ -57,10 +57,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "--sparsity.density=null", "--sparsity.head_density=0.67", "--sparsity.neuron_density=0.5",
         "--sparsity.swap=always", "--training.ema_decay=0.9",
     ),
-    "tokens": ("--sparsity=null", "--selector.kind=top_k", "--selector.keep_ratio=0.5"),
+    "tokens": ("--sparsity=null", "--selector.kind=top_k", "--selector.keep_ratio=0.5", "--selector.noise=1"),
     "joint": (
         "--sparsity.density=0.4", "--sparsity.head_density=0.67", "--sparsity.neuron_density=0.5",
-        "--sparsity.swap=always", "--selector.kind=top_k", "--selector.keep_ratio=0.5", "--training.ema_decay=0.9",
+        "--sparsity.swap=always", "--selector.kind=top_k", "--selector.keep_ratio=0.5", "--selector.noise=1",
+        "--training.ema_decay=0.9",
     ),
 }  # fmt: skip
 KILLS_OF_A_RUN = 6

@@ -54,7 +54,7 @@ TINY: dict[str, Any] = {
 DEIT, DINO = "deit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"
 WEIGHTS: dict[str, Any] = {"density": 0.5}
 UNITS: dict[str, Any] = {"density": 0.4, "head_density": 0.67, "neuron_density": 0.5}
-TOP_K: dict[str, Any] = {"kind": "top_k", "keep_ratio": 0.6}
+TOP_K: dict[str, Any] = {"kind": "top_k", "keep_ratio": 0.6, "noise": 1.0}
 THRESHOLD: dict[str, Any] = {"kind": "threshold", "stages": [1], "thresholds": [0.0045]}
 #: Twelve steps with updates, of a network with everything that has a state.
 RUN: dict[str, dict[str, Any]] = {
@@ -68,7 +68,7 @@ RUN: dict[str, dict[str, Any]] = {
         "candidates": "first",
         "updates": 4,
     },
-    "selector": {"keep_ratio": 0.5},
+    "selector": {"keep_ratio": 0.5, "noise": 1.0},
     "optimizer": {"lr": 1e-3},
     "schedule": {"warmup_epochs": 0.5},
     "training": {"epochs": 2, "device": "cpu", "amp": "float32", "ema_decay": 0.9},

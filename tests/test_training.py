@@ -360,6 +360,41 @@ def test_a_compiled_model_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     assert equal(*(dict(trainer.model.state_dict()) for trainer in trainers))
 
 
+@pytest.mark.parametrize(
+    "units",
+    [{"unit_distribution": "global", "swap": "always", "probation": 0}, {"unit_falls": 3}],
+    ids=["between blocks", "falling"],
+)
+def test_blocks_that_change_their_size_are_compiled_once_more(
+    units: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once as they are at first, once for any number of neurons, and once for any number of heads; without being told
+    torch compiles 16 and 4 times."""
+    torch.compiler.reset()
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    changes = {
+        "model": {"kwargs": {"depth": 3}},
+        "sparsity": {"density": None, "head_density": 0.67, "neuron_density": 0.5, "updates": 6, **units},
+        "training": {"epochs": 3},
+    }
+    plain, fast = (make_trainer(changes, {"training": {"compile": compiled}}) for compiled in (False, True))
+    shapes = set()
+    while not fast.finished:
+        for trainer in (plain, fast):
+            trainer.train_step()
+        shapes.add(tuple(p.shape for p in fast.model.parameters()))
+        fast.evaluate()
+    assert len(shapes) >= 3
+    assert 1 <= len(graphs) <= 3
+    assert equal(*(dict(trainer.model.state_dict()) for trainer in (plain, fast)))
+
+
 def test_data_that_fails_during_the_run_is_said_in_one_line() -> None:
     trainer = make_trainer()
 

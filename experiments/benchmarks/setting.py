@@ -17,6 +17,7 @@ from experiments.data.create_data import create_data
 from experiments.data.data_config import DataConfig
 from experiments.errors import ConfigError
 from experiments.evaluation.precision import narrow, precision_context
+from experiments.training.compiling import compiled
 from experiments.training.losses import distillation_loss
 from models import create_model
 from sparse_trainer import SparsityConfig, SparsityScheduler, flops
@@ -201,17 +202,19 @@ def training_step(
     optimizer: torch.optim.Optimizer | None = None,
     images: Tensor | None = None,
     teacher: nn.Module | None = None,
+    sparsity: SparsityConfig | None = None,
 ) -> Step:
     """Forward, backward and optimizer (AdamW if none is given), and whatever comes ``after`` the optimizer.
 
     Args:
         images: a batch of other images than noise.
         teacher: a network to learn from besides.
+        sparsity: what a scheduler does with it meanwhile.
     """
     noise, targets = make_batch(setting)
     images = noise if images is None else images
     moved = optimizer if optimizer is not None else torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    forward = torch.compile(model) if setting.compile else model
+    forward = compiled(model, sparsity) if setting.compile else model
     autocast = precision_context(images.device, setting.amp)
     advice = None
     if teacher is not None:

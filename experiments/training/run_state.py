@@ -27,6 +27,7 @@ from experiments.run_folder.same_settings import (
     check_same_run,
     check_same_settings,
 )
+from experiments.training.compiling import InBlocks, compiled
 from experiments.training.feed import Feed
 from experiments.training.network import create_lr_schedule, create_network, create_optimizer
 from experiments.training.objective import Objective, check_target
@@ -125,6 +126,7 @@ class RunState:
         self.lr_schedule = create_lr_schedule(self.optimizer, config.schedule, self.plan)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=training.amp == "float16")
         self.weight_step = WeightStep(self.model, self.optimizer, self.scaler, training.clip_grad)
+        self._compiled: nn.Module | None = None
         self.forward = self._make_forward()
         seed_process(training.seed, processes.rank)
 
@@ -135,7 +137,9 @@ class RunState:
 
     def _make_forward(self) -> nn.Module:
         """What a training step calls: the model, compiled and shared with other processes as was asked."""
-        forward: nn.Module = torch.compile(self.model) if self.config.training.compile else self.model  # type: ignore[assignment]
+        forward = self.model
+        if self.config.training.compile:
+            forward = self._compiled = self._compiled or compiled(self.model, self.config.sparsity)
         if self.processes.size > 1:
             image = (self.data.in_chans, self.data.image_size, self.data.image_size)
             forward = in_parallel(forward, self.model, image)
@@ -144,7 +148,8 @@ class RunState:
     def _remake_forward(self) -> None:
         """Parameters have other shapes: what was built on the former ones is given up first."""
         del self.forward
-        if self.config.training.compile:
+        if self._compiled is not None and not isinstance(self._compiled, InBlocks):
+            self._compiled = None
             torch.compiler.reset()  # or this would count as one of the few compilations of the same code
         self.forward = self._make_forward()
 

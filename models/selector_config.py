@@ -48,7 +48,7 @@ class SelectorConfig:
     """top_k: by what the scorer learns that a kept patch was worth it. attention: what the loss would gain if the other
     tokens looked at it more, in the block that follows. factor: if it were multiplied by more than 1 (published). From
     a trained network the former, without noise, chose far better than the latter with it, which chose worse than
-    chance; from scratch at the input they could not be told apart."""
+    chance; from scratch at the input the latter was level or a little ahead."""
     noise: float = 0.0
     """top_k: of the Gumbel noise that scores get in training, which tries out other patches than evaluation takes (0:
     none; 1: published)."""

@@ -100,7 +100,8 @@ class SparsityConfig:
     """Where the second moments of a grown weight start: at zero, so that it moves fast before it is judged by its
     magnitude; at the mean of the live ones of its tensor; or at the square of the gradient that grew it."""
     unit_moments: str = "zero"
-    """The same of a unit: at zero, or at the mean of the live ones."""
+    """The same of a unit: at zero, so that it moves fast, which won in short runs; or at the mean of the live ones,
+    which learned images less by heart in a long one."""
     include: tuple[str, ...] = ()
     """Name patterns (as in a shell) of the weights to prune; empty for every Linear and Conv2d weight."""
     exclude: tuple[str, ...] = ()

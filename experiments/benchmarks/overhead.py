@@ -105,7 +105,7 @@ def _update_seconds(setting: Setting, weights: Weights) -> float:
 
 def _reshaping_update(setting: Setting) -> Figure:
     """What a step takes longer, together with the next one, when its update gives blocks other numbers of heads and
-    neurons: in seconds, and as a ratio to a step. Code that was compiled is compiled again."""
+    neurons: in seconds, and as a ratio to a step."""
     model = make_model(setting).train()
     kept = Structure()
     config = SparsityConfig(

@@ -139,7 +139,9 @@ class RunState:
         """What a training step calls: the model, compiled and shared with other processes as was asked."""
         forward = self.model
         if self.config.training.compile:
-            forward = self._compiled = self._compiled or compiled(self.model, self.config.sparsity)
+            if self._compiled is None:
+                self._compiled = compiled(self.model, self.config.sparsity)
+            forward = self._compiled
         if self.processes.size > 1:
             image = (self.data.in_chans, self.data.image_size, self.data.image_size)
             forward = in_parallel(forward, self.model, image)

@@ -170,9 +170,8 @@ class Trainer(RunState):
         closure = None
         if self.sparsity.needs_closure:
             # Of the batch as it was trained on, mixed already: the probe draws nothing anew.
-            chosen, weight = every_second(len(images), self.processes.rank, self.processes.size)
-
             def closure() -> Tensor:
+                chosen, weight = every_second(len(images), self.processes.rank, self.processes.size)
                 return weight * self.objective.probe(images[chosen], targets[chosen])
 
         if not due:

@@ -88,10 +88,7 @@ FEATURES: dict[str, tuple[SparsityConfig, dict[str, Any] | None]] = {
         SparsityConfig(density=0.25, head_density=0.5, neuron_density=0.5, update_every=1, swap="always"),
         None,
     ),
-    "top-k tokens": (
-        SparsityConfig(density=0.5, update_every=1),
-        {"kind": "top_k", "keep_ratio": 0.5, "gradient": "factor"},
-    ),
+    "top-k tokens": (SparsityConfig(density=0.5, update_every=1), {"kind": "top_k", "keep_ratio": 0.5}),
     "threshold tokens": (
         SparsityConfig(density=0.5, update_every=1),
         {"kind": "threshold", "stages": [1], "thresholds": [0.0065]},

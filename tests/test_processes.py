@@ -41,7 +41,7 @@ from experiments.evaluation.measuring import measure
 from experiments.processes import processes as processes_module
 from experiments.processes.data_parallel import unused_parameters
 from experiments.processes.processes import ALONE, Processes, find_processes, join_processes
-from experiments.training.trainer import Trainer, TrainingError, every_second
+from experiments.training.trainer import Trainer, TrainingError
 from models import create_model
 from sparse_trainer import DisagreementError, SparsityConfig, SparsityScheduler
 from sparse_trainer.agreement import differences
@@ -518,21 +518,6 @@ def test_two_processes_train_what_one_trains(kind: str, ranks: list[Found], alon
     found = [rank["every_kind"][kind] for rank in ranks]
     assert equal(*found)
     same_outcome(found[0], alone[kind])
-
-
-@pytest.mark.parametrize(("share", "size"), [(1, 1), (1, 3), (5, 1), (5, 2), (4, 2), (3, 3), (7, 4)])
-def test_processes_score_what_one_scores(share: int, size: int) -> None:
-    """Every second image of the whole batch, and the mean over them."""
-    whole = torch.rand(share * size, dtype=torch.float64)
-    expected = whole if share == 1 else whole[::2]
-    parts, means = [], []
-    for rank in range(size):
-        chosen, weight = every_second(share, rank, size)
-        part = whole[rank * share : (rank + 1) * share][chosen]
-        parts.append(part)
-        means.append(weight * part.mean())
-    assert torch.equal(torch.cat(parts), expected)
-    torch.testing.assert_close(torch.stack(means).mean(), expected.mean())
 
 
 def test_they_do_in_float32_too(ranks: list[Found]) -> None:

@@ -368,8 +368,8 @@ def test_a_compiled_model_trains_alike(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_that_change_their_size_are_compiled_once_more(
     units: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once as they are at first, once for any number of neurons, and once for any number of heads; without being told
-    torch compiles 16 and 4 times."""
+    """Once as they are at first, and once more for each kind of change, not for each change; without being told torch
+    compiles 16 and 4 times."""
     torch.compiler.reset()
     graphs: list[torch.fx.GraphModule] = []
 
@@ -391,7 +391,7 @@ def test_blocks_that_change_their_size_are_compiled_once_more(
         shapes.add(tuple(p.shape for p in fast.model.parameters()))
         fast.evaluate()
     assert len(shapes) >= 3
-    assert 1 <= len(graphs) <= 3
+    assert 1 <= len(graphs) <= (4 if "unit_distribution" in units else 3)
     assert equal(*(dict(trainer.model.state_dict()) for trainer in (plain, fast)))
 
 

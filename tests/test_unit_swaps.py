@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import copy
-import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -18,7 +16,6 @@ from torch import Tensor, nn
 
 from sparse_trainer import LiveNetwork, MaskUpdate, SparsityConfig, SparsityScheduler
 from sparse_trainer.live_units import LiveUnits
-from sparse_trainer.unit_scores import gate_scores, probing
 from sparse_trainer.units import compact, find_blocks
 from tests.conftest import TINY
 from tests.test_scheduler import assert_invariants
@@ -215,97 +212,6 @@ def test_a_grown_neuron_preserves_the_function(tiny_deit: Factory, tiny_batch: B
     )
     assert all(sorted(swap.slots) == list(range(29)) for swap in swaps.values())
     torch.testing.assert_close(model(tiny_batch[0]), before, atol=1e-6, rtol=0)
-
-
-def test_gate_scores_equal_their_definition(tiny_deit: Factory, tiny_batch: Batch) -> None:
-    """Live: mean over samples of |sum(A * dL/dA)|; a candidate: the finite difference of its gate."""
-    model = tiny_deit().double()
-    images, targets = tiny_batch[0].double(), tiny_batch[1]
-    scheduler = SparsityScheduler(model, structured(neuron_density=1.0), total_steps=10)
-    assert scheduler._units is not None
-    groups = scheduler._units.groups
-    for group in groups:
-        group.candidates = {name: value.double() for name, value in group.candidates.items()}
-    with probing(model, [(group.group, group.candidates) for group in groups]) as gates:
-        scores = gate_scores(lambda: F.cross_entropy(model(images), targets), gates)
-    activations: list[Tensor] = []
-
-    def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        arguments[0].retain_grad()
-        activations.append(arguments[0])
-
-    handles = [group.group.writer.register_forward_pre_hook(keep) for group in groups]
-    F.cross_entropy(model(images), targets, reduction="none").sum().backward()
-    for handle in handles:
-        handle.remove()
-    for activation, score in zip(activations, scores, strict=True):
-        assert activation.grad is not None
-        by_head = (activation * activation.grad).unflatten(2, (2, 8)).sum(dim=(1, 3)).abs().mean(dim=0)
-        torch.testing.assert_close(score.size[:2].double(), by_head.detach(), rtol=1e-5, atol=1e-9)
-
-    def loss_with_gate(value: float) -> Tensor:
-        with torch.no_grad(), probing(model, [(group.group, group.candidates) for group in groups[:1]]) as gates:
-            gate = gates[0]
-            group = groups[0]
-            part = group.group.outputs[0]
-            columns = part.units(dict(model.named_parameters())[part.name].data)
-            columns[2] *= value
-            gate.candidates, gate.live = 0, 3
-            return F.cross_entropy(model(images), targets, reduction="none")
-
-    step = 1e-4
-    slope = (loss_with_gate(step) - loss_with_gate(-step)) / (2 * step)
-    torch.testing.assert_close(scores[0].size[2].double(), slope.abs().mean(), rtol=1e-3, atol=1e-8)
-    torch.testing.assert_close(scores[0].gain[2].double(), -slope.mean(), rtol=1e-3, atol=1e-8)
-
-
-def test_the_probe_leaves_no_trace(tiny_deit: Factory, tiny_batch: Batch) -> None:
-    model = tiny_deit(drop_path_rate=0.3, proj_drop_rate=0.1)
-    model.register_buffer("running", torch.zeros(1))
-    scheduler, optimizer, ema = prepare(model, structured(swap="if_better"))
-    train_step(model, scheduler, optimizer, ema, 0)
-    assert scheduler._units is not None
-    groups = scheduler._units.groups
-    identities = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
-    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    random_states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())  # noqa: NPY002
-    layout = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
-
-    def closure() -> Tensor:
-        random.random()
-        np.random.rand()  # noqa: NPY002
-        model.get_buffer("running").add_(1)
-        return F.cross_entropy(model(tiny_batch[0]), tiny_batch[1])
-
-    with probing(model, [(group.group, group.candidates) for group in groups]) as gates:
-        assert find_blocks(model)["blocks.0"].heads.count() == 3
-        gate_scores(closure, gates)
-    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == identities
-    for old, new in ((before[0], model.state_dict()), (before[1]["state"][0], optimizer.state_dict()["state"][0])):
-        assert all(torch.equal(value, new[key]) for key, value in old.items())
-    assert all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters() if p.grad is not None)
-    assert torch.equal(torch.get_rng_state(), random_states[0])
-    assert random.getstate() == random_states[1]
-    assert (np.random.get_state()[1] == random_states[2]).all()  # noqa: NPY002
-    assert layout == [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
-    assert not any(m._forward_pre_hooks for m in model.modules())
-    assert {block.heads.owner.num_heads for block in find_blocks(model).values()} == {2}
-
-
-def test_an_interrupted_probe_leaves_no_trace_either(tiny_deit: Factory) -> None:
-    model = tiny_deit()
-    scheduler, optimizer, _ = prepare(model, structured())
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    optimizer.step()
-
-    def closure() -> Tensor:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        scheduler.step(closure)
-    assert {name: p.shape for name, p in model.named_parameters()} == shapes
-    assert find_blocks(model)["blocks.0"].heads.owner.num_heads == 2
 
 
 def test_a_dormant_unit_is_only_weights(tiny_deit: Factory) -> None:
@@ -555,31 +461,6 @@ def test_densities_that_do_not_fit(tiny_deit: Factory) -> None:
 def test_rounding_is_reported(tiny_deit: Factory) -> None:
     with pytest.warns(UserWarning, match=r"head_density: 0\.7 of 3 heads is rounded to 2 \(0\.667\)"):
         SparsityScheduler(tiny_deit(), structured(head_density=0.7, neuron_density=0.5), total_steps=10)
-
-
-def test_gradient_checkpointing_gives_the_same_scores(tiny_deit: Factory, tiny_batch: Batch) -> None:
-    found = []
-    for checkpointing in (False, True):
-        model = tiny_deit()
-        scheduler = SparsityScheduler(model, structured(), total_steps=10)
-        model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
-        assert scheduler._units is not None
-        groups = [(group.group, group.candidates) for group in scheduler._units.groups]
-        with probing(model, groups) as gates:
-            found.append(gate_scores(lambda model=model: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]), gates))  # type: ignore[misc]
-    assert all(torch.allclose(plain.size, again.size) for plain, again in zip(*found, strict=True))
-
-
-def test_a_probe_inside_autocast(tiny_deit: Factory, tiny_batch: Batch) -> None:
-    """Autocast keeps weights that it has cast; the probe must see its own, and the loop its own again."""
-    model = tiny_deit()
-    scheduler, optimizer, _ = prepare(model, structured())
-    for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
-            F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]).backward()
-            optimizer.step()
-            assert scheduler.step(lambda: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1])) is not None
-        optimizer.zero_grad()
 
 
 def test_a_candidate_is_scored_under_the_mask_it_would_come_under(tiny_deit: Factory, tiny_batch: Batch) -> None:

@@ -1,0 +1,259 @@
+"""Gates that nothing multiplies: what their gradients are, what a probe costs, and that nothing remains of it."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import create_model
+from sparse_trainer import SparsityScheduler
+from sparse_trainer.unit_gates import probing
+from sparse_trainer.unit_scores import gate_scores
+from sparse_trainer.units import UnitGroup, compact, find_blocks
+from tests.conftest import TINY
+from tests.test_unit_swaps import Batch, Factory, prepare, structured, train_step
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is rounded to:UserWarning", "ignore:.*growth changes nothing:UserWarning"
+)
+
+
+def copies(model: nn.Module, units: list[int]) -> list[tuple[UnitGroup, Mapping[str, Tensor]]]:
+    """Every group of a model, with copies of some of its live units as candidates."""
+    parameters = dict(model.named_parameters())
+    groups = [group for block in find_blocks(model).values() for group in (block.heads, block.neurons)]
+    return [(g, {part.name: part.take(parameters[part.name].detach(), units) for part in g.slices}) for g in groups]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"name": "vit_tiny_patch16_224", "qkv_bias": False, "qk_norm": True},
+        {"name": "vit_tiny_patch16_224", "reg_tokens": 4, "class_token": True},
+        {"name": "vit_tiny_patch16_224", "mlp_layer": timm.layers.SwiGLUPacked},
+        {"name": "vit_tiny_patch16_224", "mlp_layer": timm.layers.SwiGLU},
+        {"name": "vit_small_patch14_dinov2"},
+        {"name": "vit_small_patch16_rope_224"},
+        {"selector": {"kind": "top_k", "stages": [1], "keep_ratio": 0.5, "gradient": "attention"}},
+        {"selector": {"kind": "threshold", "stages": [1], "thresholds": [0.05], "temperature": 1000.0}},
+    ],
+    ids=["deit", "qk_norm", "registers", "swiglu_packed", "swiglu", "dinov2", "rope", "top_k", "threshold"],
+)
+def test_a_copy_of_a_live_unit_scores_like_it(tiny_deit: Factory, tiny_batch: Batch, arguments: dict[str, Any]) -> None:
+    """Live units and candidates take different ways, and where the model computes attention itself, others again."""
+    if "selector" in arguments:
+        torch.manual_seed(0)
+        model = create_model("deit_tiny_patch16_224", **arguments, **TINY)
+    else:
+        model = tiny_deit(**arguments)
+    units = [2, 0]
+    with probing(model, copies(model, units)) as gates:
+        scores = gate_scores(lambda: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]), gates)
+    for gate, score in zip(gates, scores, strict=True):
+        assert score.size.shape == score.gain.shape == (gate.live + 2,)
+        assert bool((score.size[units] > 0).all())
+        torch.testing.assert_close(score.size[gate.live :], score.size[units], rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(score.gain[gate.live :], score.gain[units], rtol=1e-3, atol=1e-8)
+
+
+def test_candidates_change_neither_the_loss_nor_the_scores_of_the_live(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    model = tiny_deit()
+    losses, scores = [], []
+    for groups in (copies(model, []), copies(model, [1]), copies(model, [0, 1, 2])):
+
+        def closure() -> Tensor:
+            losses.append(F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]))
+            return losses[-1]
+
+        with probing(model, groups) as gates:
+            scores.append(gate_scores(closure, gates))
+    assert (
+        losses[0].item() == losses[1].item() == losses[2].item() == F.cross_entropy(model(tiny_batch[0]), tiny_batch[1])
+    )
+    for alone, few, many in zip(*scores, strict=True):
+        live = len(alone.size)
+        assert torch.equal(few.size[:live], alone.size)
+        assert torch.equal(many.gain[:live], alone.gain)
+
+
+def test_a_probe_of_several_forward_passes_adds_them_up(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    """As where a large batch is taken in parts: the sum of what each part gives by itself."""
+    model = tiny_deit()
+    images, targets = tiny_batch
+
+    def scores_of(*parts: slice) -> list[Tensor]:
+        def closure() -> Tensor:
+            return sum((F.cross_entropy(model(images[part]), targets[part]) for part in parts), torch.zeros(()))
+
+        with probing(model, copies(model, [0, 1])) as gates:
+            return [torch.cat([score.size, score.gain]) for score in gate_scores(closure, gates)]
+
+    first, second, both = scores_of(slice(0, 5)), scores_of(slice(5, 8)), scores_of(slice(0, 5), slice(5, 8))
+    for one, other, together in zip(first, second, both, strict=True):
+        torch.testing.assert_close(together, one + other, rtol=1e-4, atol=1e-8)
+
+
+def test_a_candidate_costs_what_it_reads_and_what_a_gradient_reads_of_it(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    """Two products: into the candidate, and from the gradient of what is written to it. Nothing through it and back.
+
+    (The counter does not see attention on a CPU.)
+    """
+    model = tiny_deit()
+    compact(model, {f"blocks.{i}": [0, 2] for i in range(2)}, {f"blocks.{i}": list(range(60)) for i in range(2)})
+    images, targets = tiny_batch
+    rows, width = images.shape[0] * 17, 24
+
+    def flops(units: list[int]) -> int:
+        with FlopCounterMode(display=False) as counter, probing(model, copies(model, units)) as gates:
+            gate_scores(lambda: F.cross_entropy(model(images), targets), gates)
+        return counter.get_total_flops()
+
+    one = 2 * rows * width * (1 + 1)  # a neuron: a row of fc1, and a column of fc2
+    one += 2 * rows * width * 8 * (3 + 1)  # a head: its rows of qkv, and its columns of proj
+    assert flops([0, 1]) - flops([]) == 2 * 2 * one
+    assert flops([1]) - flops([]) == 2 * one
+
+
+def test_a_model_that_passes_by_its_modules_is_told_so(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    model = tiny_deit()
+    block: Any = model.get_submodule("blocks.1")
+
+    def forward(x: Tensor, **_: Any) -> Tensor:
+        x = x + block.attn(block.norm1(x))
+        result: Tensor = x + block.mlp.fc2(block.mlp.act(block.mlp.fc1(block.norm2(x))))
+        return result
+
+    block.forward = forward
+    groups = copies(model, [0])
+    with (
+        pytest.raises(ValueError, match=r"blocks\.1: the model runs the layers of Mlp and not Mlp itself, so neurons"),
+        probing(model, groups) as gates,
+    ):
+        gate_scores(lambda: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]), gates)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+def test_gate_scores_equal_their_definition(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    """Live: mean over samples of |sum(A * dL/dA)|; a candidate: the finite difference of its gate."""
+    model = tiny_deit().double()
+    images, targets = tiny_batch[0].double(), tiny_batch[1]
+    scheduler = SparsityScheduler(model, structured(neuron_density=1.0), total_steps=10)
+    assert scheduler._units is not None
+    groups = scheduler._units.groups
+    for group in groups:
+        group.candidates = {name: value.double() for name, value in group.candidates.items()}
+    with probing(model, [(group.group, group.candidates) for group in groups]) as gates:
+        scores = gate_scores(lambda: F.cross_entropy(model(images), targets), gates)
+    activations: list[Tensor] = []
+
+    def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        arguments[0].retain_grad()
+        activations.append(arguments[0])
+
+    handles = [group.group.writer.register_forward_pre_hook(keep) for group in groups]
+    F.cross_entropy(model(images), targets, reduction="none").sum().backward()
+    for handle in handles:
+        handle.remove()
+    for activation, score in zip(activations, scores, strict=True):
+        assert activation.grad is not None
+        by_head = (activation * activation.grad).unflatten(2, (2, 8)).sum(dim=(1, 3)).abs().mean(dim=0)
+        torch.testing.assert_close(score.size[:2].double(), by_head.detach(), rtol=1e-5, atol=1e-9)
+
+    def loss_with_gate(value: float) -> Tensor:
+        opened = copy.deepcopy(model)
+        group, parameters = find_blocks(opened)["blocks.0"].heads, dict(opened.named_parameters())
+        for part in group.slices:
+            coming = groups[0].candidates[part.name] * (value if part in group.outputs else 1.0)
+            parameters[part.name].data = part.join(parameters[part.name].data, coming)
+        group.set_count(3)
+        with torch.no_grad():
+            return F.cross_entropy(opened(images), targets, reduction="none")
+
+    step = 1e-4
+    slope = (loss_with_gate(step) - loss_with_gate(-step)) / (2 * step)
+    torch.testing.assert_close(scores[0].size[2].double(), slope.abs().mean(), rtol=1e-3, atol=1e-8)
+    torch.testing.assert_close(scores[0].gain[2].double(), -slope.mean(), rtol=1e-3, atol=1e-8)
+
+
+def test_the_probe_leaves_no_trace(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    model = tiny_deit(drop_path_rate=0.3, proj_drop_rate=0.1)
+    model.register_buffer("running", torch.zeros(1))
+    scheduler, optimizer, ema = prepare(model, structured(swap="if_better"))
+    train_step(model, scheduler, optimizer, ema, 0)
+    assert scheduler._units is not None
+    groups = scheduler._units.groups
+    identities = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    random_states = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())  # noqa: NPY002
+    layout = [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
+
+    def closure() -> Tensor:
+        random.random()
+        np.random.rand()  # noqa: NPY002
+        model.get_buffer("running").add_(1)
+        return F.cross_entropy(model(tiny_batch[0]), tiny_batch[1])
+
+    with probing(model, [(group.group, group.candidates) for group in groups]) as gates:
+        gate_scores(closure, gates)
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == identities
+    for old, new in ((before[0], model.state_dict()), (before[1]["state"][0], optimizer.state_dict()["state"][0])):
+        assert all(torch.equal(value, new[key]) for key, value in old.items())
+    assert all(torch.equal(p.grad, gradients[n]) for n, p in model.named_parameters() if p.grad is not None)
+    assert torch.equal(torch.get_rng_state(), random_states[0])
+    assert random.getstate() == random_states[1]
+    assert (np.random.get_state()[1] == random_states[2]).all()  # noqa: NPY002
+    assert layout == [(m.in_features, m.out_features) for m in model.modules() if isinstance(m, nn.Linear)]
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert {block.heads.owner.num_heads for block in find_blocks(model).values()} == {2}
+
+
+def test_an_interrupted_probe_leaves_no_trace_either(tiny_deit: Factory) -> None:
+    model = tiny_deit()
+    scheduler, optimizer, _ = prepare(model, structured())
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    optimizer.step()
+
+    def closure() -> Tensor:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step(closure)
+    assert {name: p.shape for name, p in model.named_parameters()} == shapes
+    assert find_blocks(model)["blocks.0"].heads.owner.num_heads == 2
+
+
+def test_gradient_checkpointing_gives_the_same_scores(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    found = []
+    for checkpointing in (False, True):
+        model = tiny_deit()
+        scheduler = SparsityScheduler(model, structured(), total_steps=10)
+        model.set_grad_checkpointing(checkpointing)  # type: ignore[operator]
+        assert scheduler._units is not None
+        groups = [(group.group, group.candidates) for group in scheduler._units.groups]
+        with probing(model, groups) as gates:
+            found.append(gate_scores(lambda model=model: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]), gates))  # type: ignore[misc]
+    assert all(torch.allclose(plain.size, again.size) for plain, again in zip(*found, strict=True))
+
+
+def test_a_probe_inside_autocast(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    """Autocast keeps weights that it has cast; the probe must see its own, and the loop its own again."""
+    model = tiny_deit()
+    scheduler, optimizer, _ = prepare(model, structured())
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]).backward()
+            optimizer.step()
+            assert scheduler.step(lambda: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1])) is not None
+        optimizer.zero_grad()

@@ -67,7 +67,7 @@ class Gate:
             writer = names[group.writer].removeprefix(prefix)
             self._beside[f"{writer}.weight"] = self.columns[:0]
             if group.writer.bias is not None:
-                self._beside[f"{writer}.bias"] = group.writer.bias[:0]
+                self._beside[f"{writer}.bias"] = group.writer.bias.detach()[:0]
             hooks.append(group.owner.register_forward_pre_hook(self._run_candidates, with_kwargs=True))
         for hook in hooks:
             stack.callback(hook.remove)

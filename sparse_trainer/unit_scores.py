@@ -50,12 +50,11 @@ def gate_scores(closure: LossClosure, gates: Sequence[Gate]) -> list[Scores]:
     scores = []
     for gate, several in zip(gates, values, strict=True):
         # The loss is a mean over the samples, so the sum of their gradients' sizes is the mean of each one's own.
-        live = [next(gradients) for _ in several]
-        both = (
-            torch.cat([_sizes_and_gains(live), _sizes_and_gains(gate.found)], dim=1)
-            if gate.dormant
-            else _sizes_and_gains(live)
-        )
+        both = _sizes_and_gains([next(gradients) for _ in several])
+        if gate.dormant:
+            # A forward pass that has no part in the loss brings a candidate no gradient.
+            dormant = _sizes_and_gains(gate.found) if gate.found else both.new_zeros(2, gate.dormant)
+            both = torch.cat([both, dormant], dim=1)
         size, gain = (sum_over_processes(both) / process_count()).cpu()
         scores.append(Scores(size, gain))
     return scores

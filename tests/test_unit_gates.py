@@ -104,6 +104,20 @@ def test_a_probe_of_several_forward_passes_adds_them_up(tiny_deit: Factory, tiny
         torch.testing.assert_close(together, one + other, rtol=1e-4, atol=1e-8)
 
 
+def test_what_has_no_part_in_the_loss_is_worth_nothing(tiny_deit: Factory, tiny_batch: Batch) -> None:
+    model = tiny_deit()
+
+    def closure() -> Tensor:
+        model(tiny_batch[0])
+        return dict(model.named_parameters())["head.bias"].sum()
+
+    with probing(model, copies(model, [0, 1])) as gates:
+        scores = gate_scores(closure, gates)
+    for gate, score in zip(gates, scores, strict=True):
+        assert torch.equal(score.size, torch.zeros(gate.live + 2))
+        assert torch.equal(score.gain, torch.zeros(gate.live + 2))
+
+
 def test_a_candidate_costs_what_it_reads_and_what_a_gradient_reads_of_it(tiny_deit: Factory, tiny_batch: Batch) -> None:
     """Two products: into the candidate, and from the gradient of what is written to it. Nothing through it and back.
 

@@ -261,9 +261,10 @@ def test_gradient_checkpointing_gives_the_same_scores(tiny_deit: Factory, tiny_b
     assert all(torch.allclose(plain.size, again.size) for plain, again in zip(*found, strict=True))
 
 
-def test_a_probe_inside_autocast(tiny_deit: Factory, tiny_batch: Batch) -> None:
+@pytest.mark.parametrize("selector", [None, {"kind": "top_k", "stages": [1], "keep_ratio": 0.5}])
+def test_a_probe_inside_autocast(tiny_batch: Batch, selector: dict[str, Any] | None) -> None:
     """Autocast keeps weights that it has cast; the probe must see its own, and the loop its own again."""
-    model = tiny_deit()
+    model = create_model("deit_tiny_patch16_224", selector=selector, **TINY)
     scheduler, optimizer, _ = prepare(model, structured())
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):

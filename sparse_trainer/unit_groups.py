@@ -15,9 +15,8 @@ from sparse_trainer.live_units import LiveUnits, Swap
 from sparse_trainer.report import BlockUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.unit_choice import spread_by_score
-from sparse_trainer.unit_gates import probing
 from sparse_trainer.unit_reshaping import exchange_data, set_count
-from sparse_trainer.unit_scores import LossClosure, gate_scores
+from sparse_trainer.unit_scores import LossClosure, gate_scores, probing
 from sparse_trainer.units import UnitGroup, find_blocks, keep
 
 

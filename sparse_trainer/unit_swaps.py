@@ -19,11 +19,10 @@ from sparse_trainer.live_units import Swap
 from sparse_trainer.optimizer_state import Optimizers
 from sparse_trainer.unit_choice import choose
 from sparse_trainer.unit_exchange import exchange
-from sparse_trainer.unit_gates import probing
 from sparse_trainer.unit_groups import UnitGroups, spread
 from sparse_trainer.unit_moves import choose_moves, move
 from sparse_trainer.unit_reshaping import Reshape, nothing_else, shrink
-from sparse_trainer.unit_scores import LossClosure, Scores, gate_scores
+from sparse_trainer.unit_scores import LossClosure, Scores, gate_scores, probing
 
 
 class UnitSwaps(UnitGroups):

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import Selection, create_model, tokens_per_block
-from sparse_trainer.unit_gates import probing
-from sparse_trainer.unit_scores import gate_scores
+from sparse_trainer.unit_scores import gate_scores, probing
 from sparse_trainer.units import find_blocks
 from tests.conftest import TINY
 from tests.masked_reference import masked_training

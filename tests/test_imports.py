@@ -43,7 +43,6 @@ FLOORS = {
         "sparsity_config": 2,
         "flops": 1,
         "live_units": 1,
-        "unit_gates": 1,
         "unit_scores": 2,
         "unit_choice": 3,
         "unit_exchange": 2,

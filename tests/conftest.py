@@ -25,6 +25,19 @@ TINY = {
 }
 """Arguments that make timm's DeiT names tiny: 16 patches, 3 heads of 8, 96 neurons."""
 
+VITS: dict[str, dict[str, Any]] = {
+    "deit": {},
+    "distilled": {"name": "deit_tiny_distilled_patch16_224"},
+    "deit3": {"name": "deit3_small_patch16_224"},
+    "qk_norm": {"name": "vit_tiny_patch16_224", "qkv_bias": False, "qk_norm": True},
+    "registers": {"name": "vit_tiny_patch16_224", "reg_tokens": 4, "class_token": True},
+    "swiglu_packed": {"name": "vit_tiny_patch16_224", "mlp_layer": timm.layers.SwiGLUPacked},
+    "swiglu": {"name": "vit_tiny_patch16_224", "mlp_layer": timm.layers.SwiGLU},
+    "dinov2": {"name": "vit_small_patch14_dinov2"},
+    "rope": {"name": "vit_small_patch16_rope_224"},
+}
+"""Arguments of ``tiny_deit`` for each kind of ViT whose heads and neurons may come and go."""
+
 
 # A GPU's matrix products look for it once, at the first of them; without it none is deterministic.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

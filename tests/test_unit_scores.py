@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from models import create_model
 from sparse_trainer import SparsityScheduler
 from sparse_trainer.unit_scores import gate_scores, probing
 from sparse_trainer.units import UnitGroup, find_blocks
-from tests.conftest import TINY
+from tests.conftest import TINY, VITS
 from tests.test_unit_swaps import Batch, Factory, prepare, structured, train_step
 
 pytestmark = pytest.mark.filterwarnings(
@@ -34,27 +33,19 @@ def copies(model: nn.Module, units: list[int]) -> list[tuple[UnitGroup, Mapping[
     return [(g, {part.name: part.take(parameters[part.name].detach(), units) for part in g.slices}) for g in groups]
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"name": "vit_tiny_patch16_224", "qkv_bias": False, "qk_norm": True},
-        {"name": "vit_tiny_patch16_224", "reg_tokens": 4, "class_token": True},
-        {"name": "vit_tiny_patch16_224", "mlp_layer": timm.layers.SwiGLUPacked},
-        {"name": "vit_tiny_patch16_224", "mlp_layer": timm.layers.SwiGLU},
-        {"name": "vit_small_patch14_dinov2"},
-        {"name": "vit_small_patch16_rope_224"},
-        {"selector": {"kind": "top_k", "stages": [1], "keep_ratio": 0.5, "gradient": "attention"}},
-        {"selector": {"kind": "threshold", "stages": [1], "thresholds": [0.05], "temperature": 1000.0}},
-    ],
-    ids=["deit", "qk_norm", "registers", "swiglu_packed", "swiglu", "dinov2", "rope", "top_k", "threshold"],
-)
-def test_a_copy_of_a_live_unit_scores_like_it(tiny_deit: Factory, tiny_batch: Batch, arguments: dict[str, Any]) -> None:
-    if "selector" in arguments:
-        torch.manual_seed(0)
-        model = create_model("deit_tiny_patch16_224", **arguments, **TINY)
-    else:
-        model = tiny_deit(**arguments)
+TOP_K = {"kind": "top_k", "stages": [1], "keep_ratio": 0.5}
+THRESHOLDS = {"kind": "threshold", "stages": [1], "thresholds": [0.05], "temperature": 1000.0}
+
+
+def selecting(selector: dict[str, Any] | None) -> nn.Module:
+    torch.manual_seed(0)
+    return create_model("deit_tiny_patch16_224", selector=selector, **TINY)
+
+
+@pytest.mark.parametrize("kind", [*VITS, "top_k", "threshold"])
+def test_a_copy_of_a_live_unit_scores_like_it(tiny_deit: Factory, tiny_batch: Batch, kind: str) -> None:
+    selectors = {"top_k": TOP_K, "threshold": THRESHOLDS}
+    model = selecting(selectors[kind]) if kind in selectors else tiny_deit(**VITS[kind])
     units = [2, 0]
     with probing(model, copies(model, units)) as gates:
         scores = gate_scores(lambda: F.cross_entropy(model(tiny_batch[0]), tiny_batch[1]), gates)
@@ -136,9 +127,7 @@ def test_candidates_are_scored_as_the_loop_runs_the_model(tiny_deit: Factory, ti
         block.mlp.fc2.register_forward_hook(lambda _, arguments, output: output * 3)
         block.mlp.register_forward_hook(lambda _, arguments, output: output * torch.linspace(0, 1, output.shape[-1]))
     elif kind == "nested":
-        torch.manual_seed(0)
-        selector = {"kind": "threshold", "stages": [1], "thresholds": [0.05], "temperature": 1000.0}
-        model = nn.Sequential(nn.Identity(), create_model("deit_tiny_patch16_224", selector=selector, **TINY))
+        model = nn.Sequential(nn.Identity(), selecting(THRESHOLDS))
     else:
 
         def closure() -> Tensor:
@@ -158,9 +147,7 @@ def test_candidates_are_scored_as_the_loop_runs_the_model(tiny_deit: Factory, ti
 
 def test_a_part_of_a_model_may_pack_its_tokens(tiny_batch: Batch) -> None:
     """Scores are by image, also where the model that packs lies within another one."""
-    torch.manual_seed(0)
-    selector = {"kind": "threshold", "stages": [1], "thresholds": [0.05], "temperature": 1000.0}
-    inner = create_model("deit_tiny_patch16_224", selector=selector, **TINY)
+    inner = selecting(THRESHOLDS)
     found = []
     for model in (inner, nn.Sequential(nn.Identity(), inner)):
         with probing(model, copies(model, [])) as gates:
@@ -272,10 +259,10 @@ def test_gradient_checkpointing_gives_the_same_scores(tiny_deit: Factory, tiny_b
     assert all(torch.allclose(plain.size, again.size) for plain, again in zip(*found, strict=True))
 
 
-@pytest.mark.parametrize("selector", [None, {"kind": "top_k", "stages": [1], "keep_ratio": 0.5}])
+@pytest.mark.parametrize("selector", [None, TOP_K], ids=["plain", "top_k"])
 def test_a_probe_inside_autocast(tiny_batch: Batch, selector: dict[str, Any] | None) -> None:
     """Autocast keeps weights that it has cast; the probe must see its own, and the loop its own again."""
-    model = create_model("deit_tiny_patch16_224", selector=selector, **TINY)
+    model = selecting(selector)
     scheduler, optimizer, _ = prepare(model, structured())
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_trainer.units import UnitSlice, compact, constant_output, expand_state_dict, find_blocks
+from tests.conftest import VITS
 
 Factory = Callable[..., nn.Module]
 
@@ -37,21 +38,7 @@ HEADS = {"blocks.0": [0, 2], "blocks.1": [1, 2]}
 NEURONS = {"blocks.0": list(range(5, 40)), "blocks.1": list(range(0, 48, 2))}
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {},
-        {"name": "deit_tiny_distilled_patch16_224"},
-        {"name": "deit3_small_patch16_224"},
-        {"name": "vit_tiny_patch16_224", "qkv_bias": False, "qk_norm": True},
-        {"name": "vit_tiny_patch16_224", "reg_tokens": 4, "class_token": True},
-        {"name": "vit_tiny_patch16_224", "mlp_layer": timm.layers.SwiGLUPacked},
-        {"name": "vit_tiny_patch16_224", "mlp_layer": timm.layers.SwiGLU},
-        {"name": "vit_small_patch14_dinov2"},
-        {"name": "vit_small_patch16_rope_224"},
-    ],
-    ids=["deit", "distilled", "deit3", "qk_norm", "registers", "swiglu_packed", "swiglu", "dinov2", "rope"],
-)
+@pytest.mark.parametrize("arguments", VITS.values(), ids=VITS)
 def test_compact_equals_zeroed_dense(
     tiny_deit: Factory, tiny_batch: tuple[Tensor, Tensor], arguments: dict[str, object]
 ) -> None:

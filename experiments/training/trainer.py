@@ -152,8 +152,7 @@ class Trainer(RunState):
             return None, ()
         closure = None
         if self.sparsity.needs_closure:
-            # The batch as it was trained on, mixed already: the probe draws nothing anew. The whole of it: from half of
-            # 64 images the quick start chose worse heads and neurons.
+            # The batch as it was trained on, mixed already: the probe draws nothing anew.
             def closure() -> Tensor:
                 return self.objective.probe(images, targets)
 

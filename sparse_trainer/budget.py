@@ -29,7 +29,9 @@ class Budget:
         return f"{self.live:,} of {self.total:,} ({self.density:.2%})"
 
 
-def allocate(shapes: Mapping[str, Sequence[int]], live: int, distribution: str) -> dict[str, int]:
+def allocate(
+    shapes: Mapping[str, Sequence[int]], live: int, distribution: str, *, at_least_one: bool = False
+) -> dict[str, int]:
     """How many elements of each layer are live; the counts sum to ``live`` exactly.
 
     Args:
@@ -37,6 +39,7 @@ def allocate(shapes: Mapping[str, Sequence[int]], live: int, distribution: str) 
         live: live elements over all layers.
         distribution: ``uniform`` gives every layer the same density, ``erk`` follows
             :func:`erk_densities`; ``global`` starts from ``erk`` and lets updates move elements between layers.
+        at_least_one: a layer whose share rounds to nothing gets one element of the greatest layer.
 
     Raises:
         ValueError: if ``live`` does not fit, or a layer would be left without a live element.
@@ -54,7 +57,11 @@ def allocate(shapes: Mapping[str, Sequence[int]], live: int, distribution: str) 
         ideal = {name: sizes[name] * density for name, density in densities.items()}
     counts = largest_remainder(ideal, live, sizes)
     empty = [name for name, count in counts.items() if count == 0]
-    if empty:
+    if at_least_one and live >= len(counts):
+        for name in empty:
+            counts[max(counts, key=lambda other: counts[other])] -= 1
+            counts[name] = 1
+    elif empty:
         raise ValueError(
             f"a budget of {live:,} of {total:,} parameters rounds to no live element in {', '.join(empty[:3])}"
             f"{' and others' if len(empty) > 3 else ''}; raise density or exclude small layers"

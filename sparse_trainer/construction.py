@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sparse_trainer.budget import count_neurons, count_units, neurons_together
 from sparse_trainer.falling import FallingBudget, steps_of_fall
 from sparse_trainer.masks import count_live
-from sparse_trainer.patterns import Pattern, read_pattern, whole_blocks
+from sparse_trainer.patterns import Pattern, PatternBudgetError, read_pattern, whole_blocks
 from sparse_trainer.prunable import describe_left_dense, left_dense, prunable_places
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.units import BlockUnits, UnitGroup, find_blocks
@@ -78,6 +78,8 @@ def plan(model: nn.Module, config: SparsityConfig, schedule: UpdateSchedule, giv
         notes += _roundings(config, blocks, heads, neurons)
         if config.unit_distribution != "uniform":
             _check_alike(blocks)
+        if config.unit_distribution == "global":
+            _check_counted_alike(blocks, shapes)
         falls = _unit_falls(blocks, heads, neurons, config, schedule)
         shapes = compact_shapes(shapes, blocks, heads, neurons)
         if not falls:
@@ -91,11 +93,17 @@ def plan(model: nn.Module, config: SparsityConfig, schedule: UpdateSchedule, giv
     odd = [name for name, own in patterns.items() if own != pattern]
     if len(odd) == len(patterns):
         raise ValueError(f"pattern: {config.pattern} divides no layer of this model")
-    if odd:
-        notes.append(f"pattern: {config.pattern} does not divide {', '.join(odd[:3])}; single weights there")
+    undivided = [name for name in odd if not pattern.divides(shapes[name])]
+    if undivided:
+        notes.append(f"pattern: {config.pattern} does not divide {', '.join(undivided[:3])}; single weights there")
+    elif odd and not vary:
+        notes.append(f"pattern: {odd[0]} has single weights, so that the budget is met exactly")
     # Raises where a layer would be left without a weight; patterns are then those that the first masks have.
-    counts = allocation_of(shapes, live, config.distribution)
-    notes += whole_blocks(counts, {name: _numel(shape) for name, shape in shapes.items()}, patterns)[1]
+    counts, sizes = allocation_of(shapes, live, config.distribution), {n: _numel(shape) for n, shape in shapes.items()}
+    try:
+        notes += whole_blocks(counts, sizes, patterns)[1]
+    except PatternBudgetError as error:
+        raise error.of(prunable, sum(sizes.values())) from error
     if config.initial_density is not None:
         last, live = live, min(sum(map(_numel, first_shapes.values())), round(config.initial_density * prunable))
         if live < last:
@@ -138,6 +146,8 @@ def _plan_from(
     if not (varies and (given.dense_heads or given.dense_neurons)):
         return Plan(total, live, fall, {}, {}, {}, None, notes)
     blocks = find_blocks(model)
+    if config.unit_distribution == "global":
+        _check_counted_alike(blocks, shapes)
     heads = {name: count_units(config.head_density, dense, "head") for name, dense in given.dense_heads.items()}
     neurons = {name: _neurons_of(config, dense) for name, dense in given.dense_neurons.items()}
     falls = _unit_falls(blocks, heads, neurons, config, schedule)
@@ -157,6 +167,45 @@ def _check_alike(blocks: Mapping[str, BlockUnits]) -> None:
             "unit_distribution: by_score and global need heads and neurons of one size, and this model has blocks of "
             'different widths; give "uniform"'
         )
+
+
+def _check_counted_alike(blocks: Mapping[str, BlockUnits], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A unit that moves to another block must count as many weights there, or the budget would not stay.
+
+    Raises:
+        ValueError: ``include`` or ``exclude`` leaves out layers of some blocks only.
+    """
+    layers: dict[str, tuple[str, ...]] = {}
+    for name, block in blocks.items():
+        names = [part.name for group in block.groups for part in group.slices]
+        layers[name] = tuple(sorted({part.removeprefix(name) for part in names if part in shapes}))
+    usual = max(layers.values(), key=list(layers.values()).count)
+    odd = [name for name, own in layers.items() if own != usual]
+    if odd:
+        raise ValueError(
+            "unit_distribution: global moves heads and neurons between blocks, and include and exclude leave out other "
+            f'layers of {odd[0]} than of the rest; leave out the same layers of every block, or give "uniform"'
+        )
+
+
+def check_chosen(
+    model: nn.Module, config: SparsityConfig, planned: Plan, heads: Mapping[str, int], neurons: Mapping[str, int]
+) -> None:
+    """Check that the budget of weights can be met when blocks hold so many heads and neurons; nothing is changed.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if planned.live is None:
+        return
+    places = prunable_places(model, config.include, config.exclude)
+    dense = {name: tuple(place.parameter.shape) for name, place in places.items()}
+    shapes = compact_shapes(dense, find_blocks(model), heads, neurons)
+    patterns = planned.patterns or fitting_patterns(shapes, config)
+    try:
+        allocate_blocks(shapes, planned.live, config, dict(patterns))
+    except PatternBudgetError as error:
+        raise error.of(planned.total, sum(map(_numel, shapes.values()))) from error
 
 
 def _fall(first: int, last: int, config: SparsityConfig, schedule: UpdateSchedule) -> FallingBudget:

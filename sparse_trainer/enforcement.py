@@ -60,9 +60,17 @@ class Enforcement:
         self._found_on_device: Tensor | None = None
         self._told = False
         self._library: Library | None = None
+        self._optimizers: Optimizers | None = None
 
-    def prepare(self) -> None:
-        """Before gradients come: have the compiled loop ready where it is worth it."""
+    def prepare(self, optimizers: Optimizers) -> None:
+        """Before gradients come: have the compiled loop ready where it is worth it.
+
+        Args:
+            optimizers: whose moments are zeroed where somebody else has written to dead weights, which a penalty on
+                weights then lets in.
+        """
+        self._optimizers = optimizers
+        self.always = self._told or optimizers.updates_are_dense
         sizes = [parameter.numel() for parameter in self.parameters.values()]
         if sizes:
             self._library = masking_library(sum(sizes), next(iter(self.parameters.values())).device)
@@ -83,7 +91,7 @@ class Enforcement:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and files: what is clean is known of these tensors alone."""
-        return {**self.__dict__, "clean_gradients": {}, "_clean_weights": {}, "_library": None}
+        return {**self.__dict__, "clean_gradients": {}, "_clean_weights": {}, "_library": None, "_optimizers": None}
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -93,14 +101,17 @@ class Enforcement:
         self._zero([(gradients[name], self.masks[name]) for name in odd])
         for name in odd:
             self._remember_gradient(name, gradients[name])
-        self._put_right(self._written())
+        if self._told:  # also what was written through .data
+            self._kill_all()
+        else:
+            self._put_right(self._written())
 
     @torch.no_grad()
     def after_step(self) -> None:
         """After the optimizer has written the weights."""
         names = list(self.parameters)
         if self.always:
-            self._zero([(p.data, self.masks[name]) for name, p in self.parameters.items()])
+            self._kill_all()
         elif self._steps < FIRST_STEPS:
             self._put_right(names)
         else:
@@ -159,11 +170,27 @@ class Enforcement:
         if not found or self._told:
             return None
         self._told = self.always = True
+        if self._optimizers is not None:
+            self.enforce(self._optimizers)
         return (
             f"{found:,} dead weights were written to by something else than the optimizer's step (an average, noise, "
             "a perturbation) and are 0 again; from now on masks are applied at every step. Where you write to weights "
             "on purpose, call scheduler.enforce() after it"
         )
+
+    def _kill_all(self) -> None:
+        for name, parameter in self.parameters.items():
+            kill_dead(parameter, self.masks[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides how often weights are looked at."""
+        return {"steps": self._steps, "told": self._told}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on looking as often."""
+        self._steps = int(state["steps"])
+        if state["told"]:
+            self._told = self.always = True
 
     def _written(self) -> list[str]:
         clean = self._clean_weights

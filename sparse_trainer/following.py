@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_trainer.optimizer_state import Optimizers, check_supported
+from sparse_trainer.prunable import hookable
 
 
 def unwrap(optimizer: Any) -> list[torch.optim.Optimizer]:
@@ -92,10 +93,9 @@ class Following:
         self.passes = 0  # backward passes since the last optimizer step
         self.passes_per_step = 1
         self._skipped: Tensor | None = None  # counted on the device; read only when an update may be due
-        self._handles: list[Any] = [
-            first.register_hook(self._count_pass),
-            model.register_load_state_dict_post_hook(LoadHook(loaded)),
-        ]
+        with hookable(first):
+            self._handles: list[Any] = [first.register_hook(self._count_pass)]
+        self._handles.append(model.register_load_state_dict_post_hook(LoadHook(loaded)))
         for index, optimizer in enumerate(optimizers):
             self._handles += [
                 optimizer.register_step_pre_hook(self._before_step),

@@ -246,6 +246,7 @@ class MaskOwner:
         return {
             "weights": self._weights.state_dict() if self._weights else None,
             "units": self._units.state_dict() if self._units else None,
+            "enforcement": self._enforcement.state_dict(),
         }
 
     def _load_live_state(self, state: Mapping[str, Any], live: int | None) -> None:
@@ -266,6 +267,8 @@ class MaskOwner:
             self._units.load_state_dict(state["units"])
         if self._weights:
             self._weights.load_state_dict(state["weights"], live)
+        if "enforcement" in state:  # older states do not say
+            self._enforcement.load_state_dict(state["enforcement"])
         self._enforcement.remember()
 
     def _take_unit_shapes(self, units: Mapping[str, Any]) -> list[str]:

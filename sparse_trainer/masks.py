@@ -108,6 +108,17 @@ def replaceable(live: Tensor, drop_fraction: float, eligible: Tensor | None = No
     return max(0, min(round(drop_fraction * (alive - max(fewer, 0))), dead + min(fewer, 0)))
 
 
+def too_few(live: Tensor, eligible: Tensor, fewer: int) -> bool:
+    """Whether the budget asks for more changes than ``eligible`` elements can make.
+
+    It comes first: all may change then, but nothing beyond what it asks for.
+
+    Args:
+        fewer: how many elements fewer are live afterwards; negative for more.
+    """
+    return fewer > count_live(live & eligible) or -fewer > count_live(eligible & ~live)
+
+
 def select_smallest(score: Tensor, among: Tensor, count: int) -> tuple[Tensor, float]:
     """The ``count`` elements of least ``score`` within ``among``: a bool mask, and the greatest score taken.
 

@@ -32,6 +32,7 @@ from sparse_trainer.masks import (
     select_largest,
     select_smallest,
     taken_out,
+    too_few,
 )
 
 _BLOCK = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})")
@@ -135,15 +136,15 @@ class Pattern:
         if self.live is not None:
             return self._within_groups(weight, live, growth_score, drop_fraction, eligible)
         if self.size == 1:
-            if eligible is not None and fewer > count_live(live & eligible):
-                eligible = None  # the budget comes first
+            if eligible is not None and too_few(live, eligible, fewer):
+                eligible, drop_fraction = None, 0.0
             count = replaceable(live, drop_fraction, eligible, fewer)
             return prune_and_grow(weight, live, growth_score, count, fewer=fewer, regrow=regrow, eligible=eligible)
         alive = self.whole(live)
         free = self.whole(eligible) if eligible is not None else None
         fewer //= self.size
-        if free is not None and fewer > count_live(alive & free):
-            free = None
+        if free is not None and too_few(alive, free, fewer):
+            free, drop_fraction = None, 0.0
         change = prune_and_grow(
             self.sums(weight.detach().abs()),
             alive,
@@ -218,6 +219,30 @@ def patterns_of(shapes: Mapping[str, Sequence[int]], pattern: Pattern) -> dict[s
     return {name: pattern if pattern.divides(shape) else SINGLE for name, shape in shapes.items()}
 
 
+class PatternBudgetError(ValueError):
+    """A budget of live weights that a pattern cannot meet, and between which numbers it can."""
+
+    def __init__(self, live: int, pattern: Pattern, least: int, most: int) -> None:
+        super().__init__(
+            f"pattern: a budget of {live:,} live weights cannot be met with {pattern}, which leaves {least:,} to "
+            f"{most:,}"
+        )
+        self.least, self.most = least, most
+
+    def of(self, total: int, available: int) -> ValueError:
+        """The same for a user, who gives a share of the dense network.
+
+        Args:
+            total: prunable weights of the dense network.
+            available: those that are left where heads and neurons are dormant.
+        """
+        middle = (self.least + self.most) / 2 / total
+        rounded = (f"{middle:.{digits}g}" for digits in range(2, 18))
+        works = next(density for density in rounded if self.least <= round(float(density) * total) <= self.most)
+        dormant = f"; without dormant heads and neurons, which leave {available:,}, it would be more"
+        return ValueError(f"{self} of {total:,}; give density={works}{dormant if available < total else ''}")
+
+
 def whole_blocks(
     counts: Mapping[str, int], sizes: Mapping[str, int], patterns: dict[str, Pattern]
 ) -> tuple[dict[str, int], list[str]]:
@@ -264,11 +289,7 @@ def whole_blocks(
         result[max(movable, key=lambda name: sizes[name] - result[name] if grow else result[name])] += step
     singles = total - sum(result.values())
     if apart(singles):
-        density = (total - singles + min(max(singles, least), most)) / sum(sizes.values())
-        raise ValueError(
-            f"pattern: a budget of {total:,} live weights cannot be met with {pattern}; give a density near "
-            f"{density:.4f}"
-        )
+        raise PatternBudgetError(total, pattern, total - singles + least, total - singles + most)
     if not odd:
         return {name: result[name] for name in counts}, notes
     wanted = {name: counts[name] - 1 for name in odd}

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparse_trainer.agreement import check_agreement, on_any_process
-from sparse_trainer.construction import LiveNetwork, check_trainable, plan
+from sparse_trainer.construction import LiveNetwork, check_chosen, check_trainable, plan
 from sparse_trainer.following import Following, check_optimizers, unwrap
 from sparse_trainer.mask_owner import LossClosure, MaskOwner
 from sparse_trainer.ownership import check_free, claim
@@ -100,6 +101,7 @@ class SparsityScheduler(MaskOwner):
                     generator=generator,
                     closure=closure,
                     falls=planned.unit_falls,
+                    check=partial(check_chosen, model, config, planned),
                 )
             if planned.live is not None:
                 prunable = prunable_weights(model, config.include, config.exclude)
@@ -180,7 +182,6 @@ class SparsityScheduler(MaskOwner):
         """Install all hooks."""
         if self._weights:
             self._weights.follow_device()
-            self._enforcement.prepare()
             self._weights.install(self._enforcement.gradient_arrived)
         if self._units:
             parameters = dict(self.model.named_parameters())
@@ -195,7 +196,7 @@ class SparsityScheduler(MaskOwner):
             loaded=self._something_was_loaded,
         )
         self._following.passes_per_step = self._passes_per_step
-        self._enforcement.always = self._following.optimizers.updates_are_dense
+        self._enforcement.prepare(self._following.optimizers)
         self._enforcement.remember()
         self._arm()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -33,6 +33,8 @@ class UnitGroups:
             gradient of ``closure`` on the dense model, and what is removed then is folded into the output biases.
         closure: the loss of one batch; needed by ``score``.
         falls: by block and kind, how many there are during the training, where they do not leave at once.
+        check: given the heads and the neurons of every block that were chosen by score, raises ValueError if they do
+            not fit; nothing was changed then.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class UnitGroups:
         generator: torch.Generator,
         closure: LossClosure | None = None,
         falls: Mapping[tuple[str, str], FallingBudget] | None = None,
+        check: Callable[[Mapping[str, int], Mapping[str, int]], None] | None = None,
     ) -> None:
         self.model, self.config = model, config
         self.falls = dict(falls or {})
@@ -77,6 +80,11 @@ class UnitGroups:
                     found = [score.size for score in gate_scores(closure, gates)]
                 scores = [a + b for a, b in zip(scores, found, strict=True)] if scores else found
         best = spread(wanted, scores, config) if by_score else []
+        if best and check is not None:
+            chosen = {(g.block, g.kind): len(units) for (g, _), units in zip(wanted, best, strict=True)}
+            check(
+                *({n: chosen.get((n, kind), self.dense[n, kind]) for n in self.blocks} for kind in ("head", "neuron"))
+            )
         for index, (group, count) in enumerate(wanted):
             live = (
                 best[index] if by_score else sorted(torch.randperm(group.count(), generator=generator)[:count].tolist())

@@ -54,8 +54,8 @@ class UnitSwaps(UnitGroups):
         """
         due = {
             index: self.falls[key].at(step)
-            for index, units in enumerate(self.groups)
-            if (key := (units.group.block, units.group.kind)) in self.falls
+            for index, (units, still) in enumerate(zip(self.groups, self._frozen(), strict=True))
+            if (key := (units.group.block, units.group.kind)) in self.falls and not still
         }
         due = self._never_more(due)
         if sum(due.values()) == sum(len(self.groups[index].live) for index in due):
@@ -74,6 +74,11 @@ class UnitSwaps(UnitGroups):
                 gone = shrink(units, slots, parameters, optimizer=optimizer, ema=ema, others=others)
                 left[index] = Swap((), gone, ())
         return left
+
+    def _frozen(self) -> list[bool]:
+        """Of each group whether it is left alone, since something of it does not train now."""
+        parameters = dict(self.model.named_parameters())
+        return [not all(parameters[part.name].requires_grad for part in units.group.slices) for units in self.groups]
 
     def _never_more(self, due: Mapping[int, int]) -> dict[int, int]:
         """Numbers by group that are not above what there is: the schedule of a run may have been made longer."""
@@ -109,8 +114,7 @@ class UnitSwaps(UnitGroups):
         """
         moving = self.config.unit_distribution == "global"
         round_up = self.config.unit_counts == "round_up"
-        before = dict(self.model.named_parameters())
-        frozen = [not all(before[part.name].requires_grad for part in units.group.slices) for units in self.groups]
+        frozen = self._frozen()
         due = [
             (0, units.credit) if still else units.due(drop_fraction, round_up=round_up)
             for units, still in zip(self.groups, frozen, strict=True)

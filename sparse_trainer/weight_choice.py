@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from sparse_trainer.masks import MaskChange, count_live, largest_per_segment, prune_and_grow
+from sparse_trainer.masks import MaskChange, count_live, largest_per_segment, prune_and_grow, too_few
 from sparse_trainer.patterns import Pattern
 
 
@@ -73,8 +73,8 @@ def choose_globally(
     safe = [min(max(1, int(floors[name] / pattern.size)), count_live(mask)) for name, mask in alive.items()]
     kept = largest_per_segment(magnitude, live, sizes, safe) & live
     fewer //= pattern.size
-    if fewer > count_live(live & inside & ~kept):
-        inside = torch.ones_like(inside)  # the budget comes first
+    if too_few(live, inside & ~kept, fewer):
+        inside, drop_fraction = torch.ones_like(inside), 0.0
     inside = inside & ~kept
     count = max(
         0,

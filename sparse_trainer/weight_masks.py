@@ -6,6 +6,7 @@ exploration rate). The dense growth gradient exists only on the steps that colle
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +23,15 @@ from sparse_trainer.growth_gradient import GrowthGradient
 from sparse_trainer.masks import MaskChange, count_bits, count_live, kill_dead, pack_bits, unpack_bits, zero_dead
 from sparse_trainer.optimizer_state import Optimizers, carry_over
 from sparse_trainer.patterns import SINGLE, Pattern, patterns_of, read_pattern, whole_blocks
-from sparse_trainer.prunable import matrices
+from sparse_trainer.prunable import hookable, matrices
 from sparse_trainer.report import LayerUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.weight_choice import choose, choose_globally
 
 
-def allocation_of(shapes: Mapping[str, Sequence[int]], live: int, distribution: str) -> dict[str, int]:
+def allocation_of(
+    shapes: Mapping[str, Sequence[int]], live: int, distribution: str, *, at_least_one: bool = False
+) -> dict[str, int]:
     """Live elements of each prunable tensor (:func:`sparse_trainer.budget.allocate`); some hold several matrices.
 
     Raises:
@@ -38,7 +41,8 @@ def allocation_of(shapes: Mapping[str, Sequence[int]], live: int, distribution: 
         (name, index): shape for name, whole in shapes.items() for index, shape in enumerate(matrices(name, whole))
     }
     names = {f"{name}[{index}]" if index else name: (name, index) for name, index in parts}
-    counts = allocate({label: parts[key] for label, key in names.items()}, live, distribution)
+    matrix_shapes = {label: parts[key] for label, key in names.items()}
+    counts = allocate(matrix_shapes, live, distribution, at_least_one=at_least_one)
     result = dict.fromkeys(shapes, 0)
     for label, (name, _) in names.items():
         result[name] += counts[label]
@@ -60,14 +64,19 @@ def fitting_patterns(
 
 
 def allocate_blocks(
-    shapes: Mapping[str, Sequence[int]], live: int, config: SparsityConfig, patterns: dict[str, Pattern]
+    shapes: Mapping[str, Sequence[int]],
+    live: int,
+    config: SparsityConfig,
+    patterns: dict[str, Pattern],
+    *,
+    at_least_one: bool = False,
 ) -> dict[str, int]:
     """:func:`allocation_of` in whole blocks of the layers' patterns.
 
     Raises:
         ValueError: if the budget cannot be met.
     """
-    counts = allocation_of(shapes, live, config.distribution)
+    counts = allocation_of(shapes, live, config.distribution, at_least_one=at_least_one)
     return whole_blocks(counts, {name: math.prod(shape) for name, shape in shapes.items()}, patterns)[0]
 
 
@@ -112,7 +121,7 @@ class WeightMasks:
         self.growth = GrowthGradient()
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self.patterns = dict(patterns) if patterns is not None else fitting_patterns(shapes, config)
-        self.allocation = self.allocate(live)
+        self.allocation = allocate_blocks(shapes, live, config, self.patterns)
         self.masks = {name: self._first_mask(name) for name in shapes} if masks is None else dict(masks)
         self._ever_live = {name: pack_bits(mask) for name, mask in self.masks.items()}
         self._handles: list[RemovableHandle] = []
@@ -148,7 +157,9 @@ class WeightMasks:
             first[name] = mask.to(parameter.device).clone()
         made = cls(parameters, sum(map(count_live, first.values())), config, masks=first, patterns=patterns)
         odd = [name for name, mask in first.items() if not made.patterns[name].fits(mask)]
-        if odd:
+        if odd == [min(first, key=lambda name: first[name].numel())]:
+            made.patterns[odd[0]] = SINGLE  # the one that met a budget exactly, which no whole blocks are
+        elif odd:
             raise ValueError(
                 f"resume_from: the mask of {odd[0]} is not of pattern {config.pattern}; give pattern='1x1', which "
                 "every mask is of, or the pattern that it was trained with"
@@ -157,8 +168,20 @@ class WeightMasks:
         return made
 
     def allocate(self, live: int) -> dict[str, int]:
-        """How many weights of each layer live under a budget, in whole blocks of their patterns."""
-        return allocate_blocks({name: p.shape for name, p in self.parameters.items()}, live, self.config, self.patterns)
+        """How many weights of each layer live under a budget from now on, in whole blocks of their patterns.
+
+        A layer that is frozen keeps as many as it has, where the others can meet the budget.
+        """
+        shapes = {name: p.shape for name, p in self.parameters.items()}
+        held = {name: count_live(self.masks[name]) for name, p in self.parameters.items() if not p.requires_grad}
+        if held and len(held) < len(shapes):
+            free = {name: shape for name, shape in shapes.items() if name not in held}
+            patterns = {name: self.patterns[name] for name in free}
+            with contextlib.suppress(ValueError):
+                counts = allocate_blocks(free, live - sum(held.values()), self.config, patterns, at_least_one=True)
+                if all(counts[name] % self.patterns[name].size == 0 for name in free):
+                    return {name: held[name] if name in held else counts[name] for name in shapes}
+        return allocate_blocks(shapes, live, self.config, self.patterns, at_least_one=True)
 
     def _first_mask(self, name: str) -> Tensor:
         """As many live elements as were allocated: of greatest magnitude where the weights are trained, else random."""
@@ -223,7 +246,8 @@ class WeightMasks:
             arrived: zeroes what is dead in the gradient of a name.
         """
         for name, parameter in self.parameters.items():
-            self._handles.append(parameter.register_post_accumulate_grad_hook(_masker(name, arrived)))
+            with hookable(parameter):
+                self._handles.append(parameter.register_post_accumulate_grad_hook(_masker(name, arrived)))
 
     def remove(self) -> None:
         """Take the hooks away again."""
@@ -378,6 +402,7 @@ class WeightMasks:
             "pattern": self.config.pattern,
             "masks": {name: pack_bits(mask) for name, mask in self.masks.items()},
             "ever_live": {name: bits.clone() for name, bits in self._ever_live.items()},
+            "allocation": dict(self.allocation),
             "generator": self.generator.get_state(),
             "growth": self.growth.state_dict(),
         }
@@ -424,11 +449,14 @@ class WeightMasks:
             ValueError: as :meth:`check_state`.
         """
         masks = self.check_state(state, live)
-        if live is not None and live != self.target:
-            self.allocation = self.allocate(live)
         for name, mask in masks.items():
             self.masks[name].copy_(mask)
             self._ever_live[name] = state["ever_live"][name].clone()
+        allocation = {name: int(count) for name, count in state.get("allocation", {}).items()}
+        if set(allocation) == set(masks) and sum(allocation.values()) == self.live_count():
+            self.allocation = {name: allocation[name] for name in masks}
+        elif live is not None and live != self.target:  # older states do not say
+            self.allocation = self.allocate(live)
         restore_generator(self.generator, state["generator"])
         self.growth.load_state_dict(state["growth"], self.parameters)
         self.apply()

@@ -151,8 +151,9 @@ def test_exact_after_every_step(tiny_deit: Factory, options: dict[str, Any]) -> 
         assert pattern.fits(scheduler.masks[name])
 
 
-def test_a_layer_without_gradient_loses_its_weakest(tiny_deit: Factory) -> None:
-    """Frozen meanwhile: the budget is met all the same."""
+@pytest.mark.parametrize("most", [False, True])
+def test_a_frozen_layer_keeps_its_weights_where_the_others_can_meet_the_budget(tiny_deit: Factory, most: bool) -> None:
+    """Else the budget comes first, and it loses its weakest."""
     model = tiny_deit()
     scheduler = SparsityScheduler(
         model, SparsityConfig(initial_density=1.0, density=0.2, update_every=2), total_steps=8
@@ -160,7 +161,9 @@ def test_a_layer_without_gradient_loses_its_weakest(tiny_deit: Factory) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler.attach(optimizer)
     name = "blocks.0.mlp.fc1.weight"
-    model.get_parameter(name).requires_grad_(False)
+    for other, parameter in model.named_parameters():
+        if other == name or (most and other.startswith("blocks")):
+            parameter.requires_grad_(False)
     before = model.get_parameter(name).detach().clone()
     for _, (images, targets) in zip(range(4), batches(), strict=False):
         F.cross_entropy(model(images), targets).backward()
@@ -169,7 +172,28 @@ def test_a_layer_without_gradient_loses_its_weakest(tiny_deit: Factory) -> None:
         optimizer.zero_grad()
     assert scheduler.budget.live == round(0.2 * scheduler.budget.total)
     mask = scheduler.masks[name]
-    assert float(before[mask].abs().min()) >= float(before[~mask].abs().max())
+    assert bool(mask.all()) != most
+    assert torch.equal(model.get_parameter(name).detach()[mask], before[mask])
+    if most:
+        assert float(before[mask].abs().min()) >= float(before[~mask].abs().max())
+
+
+@pytest.mark.parametrize("distribution", ["erk", "global"])
+@pytest.mark.filterwarnings("ignore:pattern. 4.weight has single weights:UserWarning")
+def test_a_frozen_layer_takes_up_what_blocks_leave(distribution: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 5))
+    config = SparsityConfig(density=0.3, initial_density=1.0, distribution=distribution, pattern="4x1", update_every=1)
+    scheduler = SparsityScheduler(model, config, total_steps=20)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler.attach(optimizer)
+    model.get_parameter("4.weight").requires_grad_(False)
+    for _ in range(20):
+        model(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        assert_invariants(scheduler, optimizer, scheduler.target)
 
 
 @pytest.mark.parametrize("at", [0, 3, 4, 9, 14])

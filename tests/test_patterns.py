@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -208,8 +209,29 @@ def _masked(layer: nn.Module, config: SparsityConfig) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("share", [1.0, 2 / 3])
+@pytest.mark.parametrize("density", [0.05, 0.4, 0.6])
+@pytest.mark.filterwarnings("ignore:.*is rounded to", "ignore:pattern. ")
+def test_the_density_that_a_message_gives_works(tiny_deit: Factory, density: float, share: float) -> None:
+    def build(density: float) -> None:
+        config = SparsityConfig(pattern="2:4", density=density, head_density=share, neuron_density=share, updates=0)
+        SparsityScheduler(tiny_deit(), config, total_steps=9)
+
+    with pytest.raises(ValueError, match=r"pattern|density") as caught:
+        build(density)
+    message = re.search(r"give density=([0-9.]+)", str(caught.value))
+    if density > share:
+        assert "lower density" in str(caught.value)
+        return
+    assert message is not None
+    build(float(message[1]))
+    assert ("dormant" in str(caught.value)) == (share < 1)
+
+
 def test_what_does_not_go_together(tiny_deit: Factory) -> None:
-    with pytest.raises(ValueError, match=r"pattern: a budget of .* cannot be met with 2:4; give a density near 0\."):
+    with pytest.raises(
+        ValueError, match=r"pattern: a budget of .* cannot be met with 2:4, which leaves .* give density="
+    ):
         SparsityScheduler(tiny_deit(), SparsityConfig(pattern="2:4", density=0.2, updates=0), total_steps=9)
     with pytest.raises(ValueError, match="pattern: 512x1 divides no layer"):
         SparsityScheduler(tiny_deit(), SparsityConfig(pattern="512x1", updates=0), total_steps=9)

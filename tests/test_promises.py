@@ -184,6 +184,63 @@ def test_writes_that_torch_does_not_count_are_found(tiny_deit: Factory) -> None:
     assert sum(seen[:3]) > 0  # such a write is seen only afterwards
 
 
+@pytest.mark.parametrize("at", [[2], [7], [7, 9, 12]], ids=str)
+def test_no_moment_of_a_dead_weight_remains_of_such_a_write(tiny_deit: Factory, at: list[int]) -> None:
+    """A penalty on weights (as of Adam, not AdamW) takes what was written before the step into the moments."""
+    scheduler = SparsityScheduler(tiny_deit(), SparsityConfig(density=0.5, update_every=50), total_steps=100)
+    model = scheduler.model
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.1)
+    scheduler.attach(optimizer)
+
+    def write(model: nn.Module, loss: Tensor) -> None:
+        loss.backward()
+        written.append(None)
+        if len(written) in at:
+            for name in scheduler.masks:
+                model.get_parameter(name).data.add_(0.1)
+
+    written: list[None] = []
+    with pytest.warns(UserWarning, match="dead weights were written to"):
+        run(scheduler, optimizer, steps=40, gradients=write)
+    assert dead_that_live(scheduler) == 0
+    for name, mask in scheduler.masks.items():
+        for _, value in moments(optimizer, model.get_parameter(name)):
+            assert not value[~mask].any()
+
+
+def test_how_often_weights_are_looked_at_goes_on_after_a_restart(tiny_deit: Factory) -> None:
+    def looked(stop: bool) -> list[int]:
+        torch.manual_seed(0)
+        scheduler = SparsityScheduler(tiny_deit(), SparsityConfig(density=0.5, update_every=50), total_steps=100)
+        optimizer = torch.optim.AdamW(scheduler.model.parameters(), lr=1e-2)
+        scheduler.attach(optimizer)
+        seen = []
+        for step, (images, targets) in zip(range(20), batches(), strict=False):
+            model = scheduler.model
+            if stop and step in (5, 12):
+                states = copy.deepcopy((model.state_dict(), optimizer.state_dict(), scheduler.state_dict()))
+                model = tiny_deit()
+                scheduler = SparsityScheduler(model, scheduler.config, total_steps=100)
+                model.load_state_dict(states[0])
+                optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+                scheduler.attach(optimizer)
+                optimizer.load_state_dict(states[1])
+                scheduler.load_state_dict(states[2])
+            F.cross_entropy(model(images), targets).backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step()
+                if step == 7:
+                    model.get_parameter("blocks.1.mlp.fc2.weight").data.add_(0.1)
+                scheduler.step()
+            optimizer.zero_grad()
+            seen.append(dead_that_live(scheduler))
+        return seen
+
+    assert looked(True) == looked(False)
+    assert sum(looked(False)) > 0
+
+
 def test_an_optimizer_with_a_step_of_its_own(tiny_deit: Factory) -> None:
     class Noisy(torch.optim.SGD):
         def step(self, closure: Any = None) -> Any:
@@ -273,6 +330,15 @@ def adapted(model: nn.Module) -> nn.Module:
     return model
 
 
+def weak_first_block(model: nn.Module) -> nn.Module:
+    """Its units have the least scores, so more of the other block are live."""
+    with torch.no_grad():
+        for layer in ("blocks.0.attn.proj", "blocks.0.mlp.fc2"):
+            model.get_parameter(f"{layer}.weight").mul_(0.01)
+    return model
+
+
+UNITS = {"head_density": 2 / 3, "neuron_density": 0.5, "start": "score"}
 WRONG: dict[str, tuple[Callable[[nn.Module], nn.Module], dict[str, Any]]] = {
     "frozen": (frozen, {"density": 0.5}),
     "frozen, with units": (frozen, {"density": None, "head_density": 0.7, "neuron_density": 0.5}),
@@ -285,6 +351,14 @@ WRONG: dict[str, tuple[Callable[[nn.Module], nn.Module], dict[str, Any]]] = {
     "no block": (lambda model: nn.Sequential(nn.Linear(4, 4)), {"head_density": 0.7}),
     "no loss": (lambda model: model, {"start": "score", "head_density": 0.7}),
     "a small layer is left empty": (lambda model: model, {"density": 0.0011, "distribution": "uniform"}),
+    "a budget that is not met with the units of greatest score": (
+        weak_first_block,
+        {"pattern": "2:4", "density": 0.285, "exclude": ("blocks.0.*",), "unit_distribution": "by_score", **UNITS},
+    ),
+    "units that count elsewhere only": (
+        lambda model: model,
+        {"density": 0.2, "exclude": ("blocks.0.mlp.*",), "unit_distribution": "global", **UNITS},
+    ),
 }
 
 
@@ -293,8 +367,10 @@ def test_what_is_refused_leaves_the_model_alone(tiny_deit: Factory, case: str) -
     change, settings = WRONG[case]
     model = change(tiny_deit())
     before = {name: (id(value), value.clone()) for name, value in model.named_parameters()}
+    images, targets = next(batches())
+    closure = None if case == "no loss" else lambda: F.cross_entropy(model(images), targets)
     with pytest.raises(ValueError, match=r"\w"):
-        SparsityScheduler(model, SparsityConfig(updates=2, **settings), total_steps=STEPS)
+        SparsityScheduler(model, SparsityConfig(updates=2, **settings), total_steps=STEPS, closure=closure)
     after = dict(model.named_parameters())
     assert list(after) == list(before)
     assert all(id(after[name]) == identity for name, (identity, _) in before.items())
@@ -388,6 +464,56 @@ def test_frozen_and_thawed_in_mid_training(tiny_deit: Factory) -> None:
     assert dead_that_live(scheduler) == 0
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"density": 0.2, "head_density": 0.67, "neuron_density": 0.5, "unit_falls": 2},
+        {"density": 0.4, "initial_density": 0.8},
+        {
+            "density": 0.4,
+            "head_density": 0.67,
+            "neuron_density": 0.5,
+            "unit_distribution": "global",
+            "distribution": "uniform",
+            "swap": "always",
+            "probation": 0,
+        },
+    ],
+    ids=["units fall", "the budget falls", "units move"],
+)
+@pytest.mark.filterwarnings("ignore:.*is rounded to:UserWarning", "ignore:what came back:UserWarning")
+def test_what_is_frozen_stays_whatever_else_changes(tiny_deit: Factory, settings: dict[str, Any]) -> None:
+    model = tiny_deit()
+    scheduler = SparsityScheduler(model, SparsityConfig(update_every=1, **settings), total_steps=STEPS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    scheduler.attach(optimizer)
+    block = model.get_submodule("blocks.0").requires_grad_(False)
+    before = copy.deepcopy(block.state_dict())
+    masks = {name: mask.clone() for name, mask in scheduler.masks.items() if name.startswith("blocks.0.")}
+    for _, (images, targets) in zip(range(STEPS), batches(), strict=False):
+        F.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+        scheduler.step(lambda i=images, t=targets: F.cross_entropy(model(i), t))  # type: ignore[misc]
+        optimizer.zero_grad()
+        assert scheduler.budget.live == scheduler.target
+        assert dead_that_live(scheduler) == 0
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+    assert all(torch.equal(mask, scheduler.masks[name]) for name, mask in masks.items())
+
+
+def test_a_copy_that_is_made_while_layers_are_frozen(tiny_deit: Factory) -> None:
+    scheduler = SparsityScheduler(tiny_deit(), CONFIG, total_steps=STEPS)
+    optimizer = torch.optim.AdamW(scheduler.model.parameters(), lr=1e-2)
+    scheduler.attach(optimizer)
+    scheduler.model.requires_grad_(False).get_submodule("head").requires_grad_(True)
+    model, adamw, copied = copy.deepcopy((scheduler.model, optimizer, scheduler))
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 2
+    model.requires_grad_(True)
+    run(copied, adamw)
+    assert copied.budget.live == copied.target
+    assert dead_that_live(copied) == 0
+
+
 def test_a_layer_that_is_replaced_is_noticed(tiny_deit: Factory) -> None:
     scheduler = SparsityScheduler(tiny_deit(), CONFIG, total_steps=STEPS)
     optimizer = torch.optim.AdamW(scheduler.model.parameters(), lr=1e-2)
@@ -478,7 +604,38 @@ def test_attention_of_torchvision() -> None:
     assert counted.layers[f"{layer}.out_proj.weight"].live_macs == pytest.approx(tokens * int(whole.sum()))
 
 
-# Going on from a sparse file
+# Going on from a sparse file, and from another scheduler
+
+
+@pytest.mark.filterwarnings("ignore:pattern. 4.weight has single weights:UserWarning")
+def test_going_on_after_a_budget_that_fell_in_blocks() -> None:
+    """One layer has single weights then, so that every budget on the way is met exactly."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    settings: dict[str, Any] = {"density": 0.25, "pattern": "4x1", "distribution": "uniform", "update_every": 1}
+    former = SparsityScheduler(model, SparsityConfig(initial_density=1.0, **settings), total_steps=10)
+    optimizer = torch.optim.AdamW(model.parameters())
+    former.attach(optimizer)
+    for _ in range(10):
+        model(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+        former.step()
+        optimizer.zero_grad()
+    budget = former.budget
+    scheduler = SparsityScheduler(model, SparsityConfig(**settings), total_steps=10, resume_from=former)
+    optimizer = torch.optim.AdamW(model.parameters())
+    scheduler.attach(optimizer)
+    for _ in range(10):
+        model(torch.randn(4, 16)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        assert scheduler.budget == budget
+        assert dead_that_live(scheduler) == 0
+    scheduler.detach(release=True)
+    other = SparsityConfig(density=0.25, pattern="8x1", updates=0)
+    with pytest.raises(ValueError, match=r"resume_from: the mask of \S+ is not of pattern 8x1"):
+        SparsityScheduler(model, other, total_steps=10, resume_from=scheduler.live_network)
 
 
 def save(path: Any, scheduler: SparsityScheduler) -> None:

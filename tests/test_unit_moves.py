@@ -29,6 +29,38 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("distribution", ["erk", "uniform", "global"])
+def test_the_budget_of_weights_is_exact_wherever_units_move(seed: int, distribution: str) -> None:
+    """Also where a layer has to have more weights than were dead before units came to it."""
+    torch.manual_seed(seed)
+    model = timm.create_model(
+        "deit_tiny_patch16_224",
+        img_size=32, patch_size=8, in_chans=1, embed_dim=24, depth=4, num_heads=6, num_classes=5,
+    )  # fmt: skip
+    assert isinstance(model, nn.Module)
+    config = SparsityConfig(
+        density=0.5 if seed % 2 else 0.3,
+        distribution=distribution,
+        head_density=0.67,
+        neuron_density=0.6,
+        unit_distribution="global",
+        update_every=1,
+        seed=seed,
+    )
+    scheduler = SparsityScheduler(model, config, total_steps=16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler.attach(optimizer)
+    images, targets = torch.randn(8, 1, 32, 32), torch.randint(5, (8,))
+    for _ in range(16):
+        F.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+        scheduler.step(lambda: F.cross_entropy(model(images), targets))
+        optimizer.zero_grad()
+        assert_invariants(scheduler, optimizer, scheduler.target)
+        assert scheduler.target == round((config.density or 0) * scheduler.budget.total)
+
+
 def groups_of(model: nn.Module, live: list[list[int]]) -> list[LiveUnits]:
     """The heads of each block, of which some are live."""
     found = []

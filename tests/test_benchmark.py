@@ -21,6 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.benchmarks import report as report_module
 from experiments.benchmarks import setting as setting_module
@@ -38,6 +41,7 @@ from experiments.benchmarks.kernels import (
     torch_bsr,
     torch_csr,
 )
+from experiments.benchmarks.overhead import macs_of_passes
 from experiments.benchmarks.patterns import Patterns, benchmark_patterns
 from experiments.benchmarks.report import Report, Row, create_dense, latency_rows, size_rows, throughput_row
 from experiments.benchmarks.report_page import cells, print_report, to_html, write_page
@@ -315,6 +319,18 @@ def hold_at_first(megabytes: int) -> Any:
     return lambda: None
 
 
+@pytest.mark.parametrize("of_weights", [True, False])
+def test_macs_of_both_passes_are_those_that_torch_counts(of_weights: bool) -> None:
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=3, depth=2)
+    assert isinstance(model, nn.Module)
+    for parameter in model.parameters():
+        parameter.requires_grad_(of_weights)
+    images = torch.zeros(1, 3, 32, 32, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images).sum().backward()
+    assert 2 * macs_of_passes(model, of_weights=of_weights) == counter.get_total_flops()
+
+
 def test_peak_memory_sees_what_a_task_holds() -> None:
     assert 190 < peak_memory(hold, 200, device=CPU) / 2**20 < 250
     assert peak_memory(hold_at_first, 200, device=CPU) < 100 * 2**20
@@ -430,7 +446,7 @@ def test_patterns_beside_dense_networks(tmp_path: Path, capsys: pytest.CaptureFi
         (["--patterns", "3y1"], "patterns: '3y1' is no pattern; such as 1x1"),
         (["--kernels", "quick"], "kernels: 'quick' is not one of auto, dense, sparse"),
         (["--tokens", "0"], "tokens: 0.0 is not a share in (0, 1]"),
-        (["--patterns", "2:4", "--densities", "0.2"], "cannot be met with 2:4; give a density near"),
+        (["--patterns", "2:4", "--densities", "0.2"], "give density=0.5"),
     ],
 )
 def test_patterns_that_cannot_be(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:

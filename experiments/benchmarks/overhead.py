@@ -7,7 +7,7 @@ import warnings
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.benchmarks.setting import (
@@ -22,6 +22,7 @@ from experiments.benchmarks.setting import (
 from experiments.benchmarks.timing import Figure, summarize, timed
 from experiments.evaluation.precision import precision_context
 from sparse_trainer import MaskUpdate, SparsityConfig, SparsityScheduler
+from sparse_trainer.flops import count
 from sparse_trainer.kernels.masking import mask_gradient, masking_library
 
 EVERY, RESHAPED = 4, 5
@@ -107,6 +108,7 @@ def _reshaping_update(setting: Setting) -> Figure:
     """What a step takes longer, together with the next one, when its update gives blocks other numbers of heads and
     neurons: in seconds, and as a ratio to a step."""
     model = make_model(setting).train()
+    probe = macs_of_passes(model, of_weights=False)
     kept = Structure()
     config = SparsityConfig(
         density=None,
@@ -137,4 +139,18 @@ def _reshaping_update(setting: Setting) -> Figure:
     usual = statistics.median(time for number, time in enumerate(seconds) if number >= 2 and number not in near)
     costs = [sum(seconds[number : number + 2]) - 2 * usual for number in changed]
     cost = statistics.median(costs) if costs else 0.0
-    return Figure("update that moves heads and neurons", cost, "s", reference=usual, ratio=cost / usual)
+    ideal = probe / macs_of_passes(model, of_weights=True)
+    return Figure("update that moves heads and neurons", cost, "s", reference=usual, ratio=cost / usual, ideal=ideal)
+
+
+def macs_of_passes(model: nn.Module, *, of_weights: bool) -> float:
+    """MACs of a forward and a backward pass of one image.
+
+    Each is as much again for the gradient of what a product takes, and for that of its weight. Attention multiplies two
+    things that are computed, so both gradients are always there.
+
+    Args:
+        of_weights: whether weights get gradients; a probe needs those of activations alone.
+    """
+    layers = count(model).layers.values()
+    return sum(layer.macs * (3 if of_weights or not layer.parameters else 2) for layer in layers)

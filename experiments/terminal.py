@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -83,10 +85,24 @@ class Display:
         self._spoke = time.monotonic()
 
 
+def _as_note(usual: Callable[..., None]) -> Callable[..., None]:
+    """Shows what is said to users as one line, without the place in the code; all else as usual."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if category is UserWarning:
+            print(f"note: {' '.join(str(message).split())}", file=sys.stderr)
+        else:
+            usual(message, category, *place, **options)
+
+    return show
+
+
 def run_command(name: str, command: Callable[[], int]) -> int:
     """The exit code of a sub-command; what a user did wrong becomes one line and code 2, Ctrl-C code 130."""
     try:
-        return command()
+        with warnings.catch_warnings():
+            warnings.showwarning = _as_note(warnings.showwarning)
+            return command()
     except (ConfigError, CheckpointError) as error:
         print(f"sparse-trainer {name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return WRONG

@@ -92,7 +92,11 @@ def plan(model: nn.Module, config: SparsityConfig, schedule: UpdateSchedule, giv
     patterns = fitting_patterns(shapes, config, _steps_of_shapes(shapes, blocks, config) if vary else None)
     odd = [name for name, own in patterns.items() if own != pattern]
     if len(odd) == len(patterns):
-        raise ValueError(f"pattern: {config.pattern} divides no layer of this model")
+        name, shape = max(shapes.items(), key=lambda item: _numel(item[1]))
+        raise ValueError(
+            f"pattern: {config.pattern} divides no layer of this model; {name}, for one, has "
+            f"{shape[0]} outputs of {_numel(shape[1:])} weights"
+        )
     undivided = [name for name in odd if not pattern.divides(shapes[name])]
     if undivided:
         notes.append(f"pattern: {config.pattern} does not divide {', '.join(undivided[:3])}; single weights there")

@@ -103,7 +103,8 @@ class SparsityConfig:
     """The same of a unit: at zero, so that it moves fast, which won in short runs; or at the mean of the live ones,
     which learned images less by heart in a long one."""
     include: tuple[str, ...] = ()
-    """Name patterns (as in a shell) of the weights to prune; empty for every Linear and Conv2d weight."""
+    """Name patterns (as in a shell) of the weights to prune; empty for every weight of a layer that
+    multiplies: Linear, Bilinear, convolutions, and the projections of attention."""
     exclude: tuple[str, ...] = ()
     """Name patterns of weights that stay dense."""
     seed: int = 0

@@ -618,7 +618,7 @@ def test_fields_can_be_given_in_yaml_and_on_the_command_line() -> None:
 def test_missing_and_empty_folders(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.root '.*nowhere' is not a folder"):
         create(folder_config(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"data\.eval_split is 'test'.*there are: train, validation"):
+    with pytest.raises(ValueError, match=r"data\.eval_split: .* nor a tar named 'test'.*there are: train, validation"):
         create(folder_config(folder, eval_split="test"))
     (folder / "empty").mkdir()
     with pytest.raises(ValueError, match=r"data\.eval_split: no images in .*empty"):

@@ -189,7 +189,7 @@ def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = []
     for name, command in COMMANDS.items():
-        summary = textwrap.wrap((command.measure.__doc__ or "").splitlines()[0], 76 - width)
+        summary = textwrap.wrap(" ".join((command.measure.__doc__ or "").partition("\n\n")[0].split()), 76 - width)
         lines += [
             f"  {first:<{width}}  {line}" for first, line in zip([name, *[""] * len(summary)], summary, strict=False)
         ]

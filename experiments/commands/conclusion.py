@@ -68,7 +68,9 @@ def conclude(loop: Loop, console: Console) -> None:
         ("written to", str(folder.path), ""),
     ]
     if loop.speeds is not None:
-        rows.insert(5, ("images per second", _describe_speeds(loop.speeds), f"{loop.speeds.dense:,.0f}"))
+        own = trainer.config.sparsity is not None or trainer.config.selector is not None
+        speeds = _describe_speeds(loop.speeds) if own else f"{loop.speeds.trained:,.0f}"
+        rows.insert(5, ("images per second", speeds, f"{loop.speeds.dense:,.0f}" if own else ""))
     if trainer.tokens is not None:
         rows.insert(4, ("patches kept", describe_tokens(trainer.tokens), "all"))
     if trainer.bad_steps:

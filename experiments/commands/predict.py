@@ -115,7 +115,8 @@ def _predict(arguments: Sequence[str]) -> int:
     print_table(console, escape(str(path)), rows)
     skipped = f", {len(found.skipped):,} skipped" if found.skipped else ""
     speed = f"{len(found.images) / found.seconds:,.1f} images/s, {amp} on {device}, reading included"
-    console.print(f"{len(found.images):,} images{skipped}; {speed}", soft_wrap=True, markup=False)
+    number = len(found.images)
+    console.print(f"{number:,} image{'' if number == 1 else 's'}{skipped}; {speed}", soft_wrap=True, markup=False)
     if options.overlay is not None:
         drawn = min(len(found.images), len(found.first))
         console.print(

@@ -91,6 +91,10 @@ def _read(arguments: list[str]) -> _Request:
     if "model.kwargs" not in given and not any(key.startswith("model.kwargs.") for key in given):
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, kwargs={}))
     keys = [key.removeprefix("data.") for key in given if key.startswith("data.")]
+    if "data.root" not in given and config.data.dataset == "folder" and not Path(config.data.root or "").is_dir():
+        raise ConfigError(
+            "data.root: give the images, as --data.root FOLDER with train/<class>/* and val/<class>/* in it"
+        )
     data = images_for(source, config.data, keys)
     losses = dataclasses.replace(config.losses, macs_target=None, teacher=None)
     plain = dataclasses.replace(

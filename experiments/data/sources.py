@@ -216,13 +216,13 @@ def _find_split(root: Path, split: str) -> Path | None:
     return None
 
 
-def _split_path(root: Path, key: str, split: str) -> Path:
+def _split_path(root: Path, split: str) -> Path:
     path = _find_split(root, split)
     if path is not None:
         return path
     there = sorted(path.name for path in root.iterdir() if path.is_dir() or path.suffix == ".tar")
     raise ValueError(
-        f"data.{key} is {split!r}, but data.root {str(root)!r} has neither a folder nor a tar of that name"
+        f"data.root {str(root)!r} has neither a folder nor a tar named {split!r}, with a folder a class in it"
         + (f"; there are: {', '.join(there[:20])}" if there else "; it has no folders at all")
     )
 
@@ -235,7 +235,7 @@ def _folder(config: DataConfig, key: str, split: str, known: Sequence[str] | Non
         raise ValueError(f"data.root {config.root!r} is not a folder; it must hold {split!r} with a folder a class")
     try:
         is_split = any(name and "/" not in name and (root / name).is_dir() for name in known or ())
-        listing = list_pictures(root if is_split and not _find_split(root, split) else _split_path(root, key, split))
+        listing = list_pictures(root if is_split and not _find_split(root, split) else _split_path(root, split))
     except ValueError as error:
         raise ValueError(f"data.{key}: {error}") from error
     return ImageSource(listing, listing.targets, listing.class_names, torch.arange(len(listing.targets)))

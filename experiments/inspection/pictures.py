@@ -92,7 +92,8 @@ def save_picture(option: str, picture: Tensor, output: Path) -> None:
     try:
         Image.fromarray(pixels).save(output)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{option}: cannot write {output}: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{option}: cannot write {output}: {reason}") from error
 
 
 def draw_images(path: Path, paths: Sequence[str] | None, output: Path) -> tuple[list[str], Selection]:

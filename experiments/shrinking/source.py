@@ -77,6 +77,8 @@ def _own(path: Path) -> Source:
         info = read_info(checkpoint)
     except CheckpointError as error:
         raise ConfigError(str(error)) from error
+    if info.budget.live < info.budget.total:
+        raise ConfigError(f"{checkpoint} is sparse already ({info.budget}); give the dense network that it came from")
     data = data_of(checkpoint, info)
     size = info.image_size[0] if isinstance(info.image_size, tuple) else info.image_size
     return Source(

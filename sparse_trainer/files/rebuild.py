@@ -113,7 +113,8 @@ def check_agreement(model: nn.Module, state: Mapping[str, Tensor], info: SparseI
     Raises:
         ValueError: naming the tensors that are missing, left over, or of another shape or kind.
     """
-    given = f"{info.model} with the arguments given"
+    arguments = f"model_args {quote(dict(info.model_args))}" if info.model_args else "no model_args"
+    given = f"{info.model} with {arguments}"
     expected = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     if missing or unexpected:

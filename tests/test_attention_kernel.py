@@ -187,6 +187,46 @@ def test_what_somebody_else_computes_or_looks_at_stays() -> None:
     assert len(seen) == 2
 
 
+@pytest.mark.parametrize("layer", ["q_norm", "k_norm", "norm", "attn_drop"])
+@pytest.mark.parametrize("before", [False, True])
+def test_hooks_within_see_what_timm_gives_them(layer: str, before: bool) -> None:
+    model: Any = tiny(qk_norm=True)
+    model.blocks[0].attn.fused_attn = False
+    shapes: list[torch.Size] = []
+    hooked = model.blocks[0].attn.get_submodule(layer)
+    if before:
+        hooked.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape))
+    else:
+        hooked.register_forward_hook(lambda _, inputs, output: shapes.append(output.shape))
+    fast = accelerate(model, {}, kernels="sparse")
+    assert describe_choices(fast) == "attention: 1 layers"
+    images = torch.randn(2, 1, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(images), model(images), atol=1e-5, rtol=0)
+    assert len(shapes) == 2
+    assert shapes[0] == shapes[1]
+
+
+class Sharper(nn.Module):
+    """In the place of a dropout: it changes how much each token looks at the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x**2
+
+
+def test_scores_of_another_scale_or_changed_by_another_layer_stay() -> None:
+    model: Any = tiny()
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    model.blocks[0].attn.scale = 3.0
+    model.blocks[1].attn.attn_drop = Sharper()
+    images = torch.randn(2, 1, 16, 16)
+    fast = accelerate(model, {}, kernels="sparse")
+    assert describe_choices(fast) == "dense"
+    with torch.inference_mode():
+        assert torch.equal(fast(images), model(images))
+
+
 def test_accelerated_again() -> None:
     fast = accelerate(tiny(), {}, kernels="sparse")
     plain: Any = accelerate(fast, {}, kernels="dense")

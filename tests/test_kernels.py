@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 from models import create_model
@@ -305,6 +307,123 @@ def test_compressed_rows_and_odd_convolutions() -> None:
     images = torch.randn(2, 3, 11, 9)
     with torch.inference_mode():
         torch.testing.assert_close(SparsePatches(linear, (4, 2))(images), convolution(images))
+
+
+# Where an activation is computed with the layer before it
+
+
+def masked(model: nn.Module, *names: str) -> dict[str, Tensor]:
+    """Half of these weights are dead from now on, and so the masks say."""
+    generator = torch.Generator().manual_seed(0)
+    masks = {}
+    for name in names:
+        weight = model.get_parameter(name)
+        masks[name] = torch.rand(weight.shape, generator=generator) < 0.5
+        weight.data.mul_(masks[name])
+    return masks
+
+
+def compare(model: nn.Module, masks: dict[str, Tensor], x: Tensor) -> Any:
+    """The accelerated copy, which was seen to compute the same."""
+    fast: Any = accelerate(model, masks, kernels="sparse")
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
+    return fast
+
+
+class OtherMlp(nn.Module):
+    """Called ``Mlp`` and with layers of the same names, but something lies between them."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.fc1, self.between, self.act, self.fc2 = nn.Linear(12, 16), between, nn.GELU(), nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(self.act(self.between(self.fc1(x))))
+        return y
+
+
+OtherMlp.__name__ = "Mlp"
+
+
+class Between(Mlp):
+    """A subclass of timm's with a ``forward`` of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc2(self.act(self.fc1(x) + 1))
+        return y
+
+
+class Named(Mlp):
+    """A subclass of timm's that computes as timm's."""
+
+
+def with_own_forward() -> nn.Module:
+    mlp: Any = Mlp(12, 16)
+    mlp.forward = MethodType(Between.forward, mlp)
+    return mlp  # type: ignore[no-any-return]
+
+
+def with_doubled(name: str, *, before: bool = False) -> nn.Module:
+    """timm's, with a hook that doubles what goes into a layer, or what comes out of it."""
+    mlp: Any = Mlp(12, 16)
+    layer = mlp.get_submodule(name)
+    if before:
+        layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
+    else:
+        layer.register_forward_hook(lambda _, inputs, output: output * 2)
+    return mlp  # type: ignore[no-any-return]
+
+
+def with_own_activation() -> nn.Module:
+    mlp: Any = Mlp(12, 16)
+    mlp.act.forward = MethodType(lambda self, x: x.sigmoid(), mlp.act)
+    return mlp  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("make", "fused"),
+    [
+        (lambda: Mlp(12, 16), True),
+        (lambda: Mlp(12, 16, act_layer=nn.ReLU, norm_layer=nn.LayerNorm, bias=False, drop=0.5), True),
+        (lambda: Named(12, 16), True),
+        (lambda: with_doubled("drop1"), True),  # behind the activation
+        (lambda: Mlp(12, 16, act_layer=lambda: nn.GELU(approximate="tanh")), False),
+        (lambda: Between(12, 16), False),
+        (lambda: OtherMlp(nn.LayerNorm(16)), False),
+        (with_own_forward, False),
+        (with_own_activation, False),
+        (lambda: with_doubled("act"), False),
+        (lambda: with_doubled("act", before=True), False),
+    ],
+)
+def test_an_activation_is_fused_only_where_it_follows_at_once(make: Callable[[], nn.Module], fused: bool) -> None:
+    torch.manual_seed(0)
+    mlp = make().eval()
+    fast = compare(mlp, masked(mlp, "fc1.weight"), torch.randn(3, 5, 12))
+    assert isinstance(fast.act, nn.Identity) is fused
+
+
+def test_convolutions_of_an_mlp_are_not_fused() -> None:
+    mlp = Mlp(12, 16, use_conv=True).eval()
+    fast = compare(mlp, masked(mlp, "fc1.weight"), torch.randn(3, 12, 4, 2))
+    assert isinstance(fast.fc1, SparsePatches)
+    assert isinstance(fast.act, nn.GELU)
+
+
+def test_who_looks_at_a_sparse_layer_sees_no_activation() -> None:
+    mlp = with_doubled("act").eval()
+    fast: Any = accelerate(mlp, masked(mlp, "fc1.weight"), kernels="sparse")
+    fast.act._forward_hooks.clear()
+    fast.fc1.register_forward_hook(lambda _, inputs, output: output * 2)
+    compare(fast, {}, torch.randn(3, 12))
+
+
+def test_one_layer_of_two_mlps_is_fused_in_one() -> None:
+    first, second = Mlp(12, 16), Mlp(12, 16, act_layer=nn.ReLU)
+    second.fc1 = first.fc1
+    both = nn.Sequential(first, second).eval()
+    compare(both, masked(both, "0.fc1.weight"), torch.randn(3, 12))
 
 
 # What can go wrong with a compiler and a cache

@@ -16,12 +16,13 @@ from types import MethodType
 from typing import Any
 
 import torch
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_trainer.kernels import on_gpu
 from sparse_trainer.kernels.attention import attention, find_attention, with_kernel, without_kernel
-from sparse_trainer.kernels.layers import FOR_INFERENCE, CompressedRows, SparseLinear, SparsePatches
+from sparse_trainer.kernels.layers import FOR_INFERENCE, CompressedRows, SparseLinear, SparsePatches, is_just
 from sparse_trainer.kernels.library import KernelError, Library, load_library
 from sparse_trainer.kernels.packed import DTYPES, block_rows, pack
 
@@ -264,15 +265,20 @@ def _as_linear(layer: nn.Module) -> nn.Linear | None:
 
 
 def _fuse_activations(model: nn.Module) -> None:
-    """Let the kernel of ``fc1`` compute the activation after it, where timm's ``Mlp`` has one that it knows."""
+    """Let the kernel of ``fc1`` compute the activation after it, where timm's ``Mlp`` has one that it knows.
+
+    The class itself, by its ``forward``: in others of that name something may lie between the two.
+    """
     for module in model.modules():
-        first, activation = getattr(module, "fc1", None), getattr(module, "act", None)
-        if type(module).__name__ != "Mlp" or not isinstance(first, SparseLinear):
+        mlp: Any = module
+        if not isinstance(mlp, Mlp) or type(mlp).forward is not Mlp.forward or "forward" in vars(mlp):
             continue
-        if type(activation) is nn.GELU and activation.approximate == "none":
-            first.activation = "gelu"
-        elif type(activation) is nn.ReLU:
-            first.activation = "relu"
+        if not is_just(mlp.fc1, SparseLinear):
+            continue
+        if is_just(mlp.act, nn.GELU) and mlp.act.approximate == "none":
+            mlp.fc1.activation = "gelu"
+        elif is_just(mlp.act, nn.ReLU):
+            mlp.fc1.activation = "relu"
         else:
             continue
-        module.act = nn.Identity()
+        mlp.act = nn.Identity()

@@ -11,7 +11,7 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from sparse_trainer.kernels.layers import InferenceOnly
+from sparse_trainer.kernels.layers import InferenceOnly, is_just, is_looked_at
 from sparse_trainer.kernels.library import Library
 from sparse_trainer.kernels.packed import DTYPES, check_on_cpu
 
@@ -103,9 +103,12 @@ def find_attention(model: nn.Module) -> dict[str, Attention]:
     return {
         name: module
         for name, module in model.named_modules()
-        if type(module) is Attention and "forward" not in vars(module) and not _is_looked_at(module.attn_drop)
+        if type(module) is Attention and "forward" not in vars(module) and _is_as_known(module)
     }
 
 
-def _is_looked_at(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_as_known(attn: Attention) -> bool:
+    """Whether nothing within differs from what the kernel computes, or would see other shapes than timm gives it."""
+    scaled = attn.fused_attn or attn.scale == attn.head_dim**-0.5  # the fused product knows no other scale
+    within = attn.q_norm, attn.k_norm, attn.norm
+    return scaled and is_just(attn.attn_drop, nn.Dropout, nn.Identity) and not any(map(is_looked_at, within))

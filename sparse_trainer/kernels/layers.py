@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 from sparse_trainer.kernels.library import Library
 from sparse_trainer.kernels.packed import DTYPES, Packed, product, unpack
@@ -14,6 +15,17 @@ FOR_INFERENCE = (
     "this model was accelerated for inference, and its layers have no weights that can train or be saved; train and "
     "save the model that accelerate() was given, or that load_sparse(path, kernels='dense') gives"
 )
+
+
+def is_looked_at(module: nn.Module) -> bool:
+    """Whether hooks see, and may change, what goes into a module or comes out of it: its own, or those of all."""
+    own = module._forward_hooks or module._forward_pre_hooks
+    return bool(own or all_modules._global_forward_hooks or all_modules._global_forward_pre_hooks)
+
+
+def is_just(module: Any, *kinds: type[nn.Module]) -> bool:
+    """Whether a module computes what one of these classes does and nothing else: another may stand in its place."""
+    return type(module) in kinds and "forward" not in vars(module) and not is_looked_at(module)
 
 
 class InferenceOnly(nn.Module):

@@ -19,6 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import Mlp
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import register_parametrization
 
 from models import create_model
 from sparse_trainer import (
@@ -395,6 +397,8 @@ def with_own_activation() -> nn.Module:
         (with_own_activation, False),
         (lambda: with_doubled("act"), False),
         (lambda: with_doubled("act", before=True), False),
+        (lambda: with_doubled("fc1"), False),
+        (lambda: with_doubled("fc1", before=True), False),
     ],
 )
 def test_an_activation_is_fused_only_where_it_follows_at_once(make: Callable[[], nn.Module], fused: bool) -> None:
@@ -424,6 +428,144 @@ def test_one_layer_of_two_mlps_is_fused_in_one() -> None:
     second.fc1 = first.fc1
     both = nn.Sequential(first, second).eval()
     compare(both, masked(both, "0.fc1.weight"), torch.randn(3, 12))
+
+
+# Layers that are more than their product
+
+
+def doubled(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    return output * 2
+
+
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "after": lambda layer: layer.register_forward_hook(doubled),
+    "always": lambda layer: layer.register_forward_hook(doubled, always_call=True),
+    "after, by name": lambda layer: layer.register_forward_hook(
+        lambda _, inputs, named, output: output * 2, with_kwargs=True
+    ),
+    "before": lambda layer: layer.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,)),
+    "before, by name": lambda layer: layer.register_forward_pre_hook(
+        lambda _, inputs, named: ((inputs[0] * 2,), named), with_kwargs=True
+    ),
+}
+
+
+@pytest.mark.parametrize("hook", list(HOOKS))
+@pytest.mark.parametrize("kind", ["auto", "sparse"])
+@pytest.mark.parametrize(
+    ("layer", "size"), [(nn.Linear(12, 16), (3, 12)), (nn.Conv2d(3, 16, 2, stride=2), (5, 3, 4, 6))]
+)
+def test_a_layer_with_hooks_stays(layer: nn.Module, size: tuple[int, ...], kind: str, hook: str) -> None:
+    model = copy.deepcopy(nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(12))).eval()
+    model(torch.randn(size))
+    HOOKS[hook](model[0])
+    masks = masked(model, "0.weight")
+    fast: Any = accelerate(model, masks, kernels=kind)
+    x = torch.randn(size)
+    with torch.inference_mode():
+        assert torch.equal(fast(x), model(x))
+    (choice,) = fast.kernel_choices
+    assert (choice.layer, choice.kernel, choice.why) == ("0", "dense", "hooks")
+    assert describe_choices(fast) == "dense (hooks): 1 layers"
+
+
+def test_hooks_of_one_layer_leave_the_others_fast() -> None:
+    model, masks = sparse_model()
+    mlp = model.get_submodule("blocks.0.mlp")
+    for layer in (mlp.fc1, mlp.fc2):
+        layer.register_forward_hook(doubled)
+    fast = compare(model, masks, torch.randn(5, 1, 16, 16))
+    assert [choice.layer for choice in fast.kernel_choices if choice.why] == ["blocks.0.mlp.fc1", "blocks.0.mlp.fc2"]
+    assert "1x1: 8 layers" in describe_choices(fast)
+    assert "dense (hooks): 2 layers" in describe_choices(fast)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_with_hooks_on_every_module_all_stay(before: bool) -> None:
+    model, masks = sparse_model()
+
+    def change(module: nn.Module, inputs: Any, output: Any = None) -> Any:
+        return (inputs[0] * 2 if before else output * 2) if type(module) in (nn.Linear, nn.Conv2d, nn.GELU) else None
+
+    every = nn.modules.module
+    handle = (every.register_module_forward_pre_hook if before else every.register_module_forward_hook)(change)
+    try:
+        fast = compare(model, masks, torch.randn(5, 1, 16, 16))
+    finally:
+        handle.remove()
+    assert {choice.kernel for choice in fast.kernel_choices} == {"dense"}
+
+
+class Shifted(nn.Linear):
+    """A subclass with a ``forward`` of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def with_forward() -> nn.Module:
+    layer: Any = nn.Linear(12, 12)
+    layer.forward = MethodType(lambda self, x: F.linear(x, self.weight, self.bias) + 1, layer)
+    return layer  # type: ignore[no-any-return]
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+def parametrized(name: str) -> nn.Module:
+    layer = nn.Linear(12, 12)
+    register_parametrization(layer, name, Doubled())
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda: Shifted(12, 12), "weight"),
+        (with_forward, "weight"),
+        (lambda: parametrized("weight"), "parametrizations.weight.original"),
+        (lambda: parametrized("bias"), "weight"),
+        (lambda: prune.random_unstructured(nn.Linear(12, 12), "weight", 0.5), "weight_orig"),
+        (lambda: prune.random_unstructured(nn.Linear(12, 12), "bias", 0.5), "weight"),
+    ],
+)
+def test_a_layer_that_computes_in_its_own_way_stays(make: Callable[[], nn.Module], name: str) -> None:
+    with torch.no_grad():  # a pruned weight with a gradient cannot be copied
+        model = nn.Sequential(make(), nn.ReLU()).eval()
+    fast = compare(model, masked(model, f"0.{name}"), torch.randn(3, 12))
+    assert type(fast[0]) is type(model[0])
+    assert {choice.kernel for choice in fast.kernel_choices} <= {"dense"}
+    if make is with_forward:
+        assert describe_choices(fast) == "dense (own forward): 1 layers"
+
+
+class Sharing(nn.Module):
+    """A layer at two places, its weight in a third layer and in products of its own; likewise a convolution's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 12, (2, 4), stride=(2, 4))
+        self.first = self.second = nn.Linear(12, 12)
+        self.inner = nn.Sequential(self.first, nn.GELU())
+        self.tied = nn.Linear(12, 12)
+        self.tied.weight = self.first.weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        again = F.conv2d(images, self.patches.weight, self.patches.bias, self.patches.stride)  # type: ignore[arg-type]
+        x = (self.patches(images) + again).flatten(-2).transpose(-1, -2)
+        x = self.second(self.inner(self.first(x)))
+        return F.linear(self.tied(x), self.first.weight.t(), self.second.bias)
+
+
+def test_layers_and_weights_at_several_places() -> None:
+    torch.manual_seed(0)
+    model = Sharing().eval()
+    fast = compare(model, masked(model, "first.weight", "patches.weight"), torch.randn(5, 3, 4, 8))
+    assert isinstance(fast.first, SparseLinear)
+    assert isinstance(fast.patches, SparsePatches)
+    assert torch.equal(fast.patches.weight, model.patches.weight)
 
 
 # What can go wrong with a compiler and a cache

@@ -22,7 +22,14 @@ from torch.nn import functional as F
 
 from sparse_trainer.kernels import on_gpu
 from sparse_trainer.kernels.attention import attention, find_attention, with_kernel, without_kernel
-from sparse_trainer.kernels.layers import FOR_INFERENCE, CompressedRows, SparseLinear, SparsePatches, is_just
+from sparse_trainer.kernels.layers import (
+    FOR_INFERENCE,
+    CompressedRows,
+    SparseLinear,
+    SparsePatches,
+    is_just,
+    is_looked_at,
+)
 from sparse_trainer.kernels.library import KernelError, Library, load_library
 from sparse_trainer.kernels.packed import DTYPES, block_rows, pack
 
@@ -46,6 +53,7 @@ class Choice:
     kernel: str  #: ``dense``, ``16x1``, ``1x1``, ``csr``, ``2:4``, ``bsr 32x32``; or ``attention``
     density: float
     speedup: float | None  #: over the dense product where it was timed
+    why: str = ""  #: it stays dense untimed: ``hooks`` would go with the layer, or its ``own forward``
 
 
 def accelerate(
@@ -58,8 +66,9 @@ def accelerate(
 ) -> nn.Module:
     """A copy of a model for inference, with the fastest kernels for its layers. The model itself stays as it is.
 
-    Every ``Linear`` with a mask may be replaced, and a patch embedding whose stride is its kernel. An activation that
-    follows ``fc1`` of timm's ``Mlp`` is computed with it. On a CPU attention has a kernel too, with or without masks,
+    Every ``Linear`` with a mask may be replaced, and a patch embedding whose stride is its kernel; one with hooks, or
+    with a ``forward`` of its own, stays as it is. An activation that follows ``fc1`` of timm's ``Mlp`` is computed with
+    it. On a CPU attention has a kernel too, with or without masks,
     that takes images of unequal lengths at once. What was chosen is in ``result.kernel_choices``.
 
     Args:
@@ -120,7 +129,8 @@ def describe_choices(model: nn.Module) -> str:
     """Which kernels an accelerated model computes with, as one line."""
     counts: dict[str, int] = {}
     for choice in getattr(model, "kernel_choices", ()):
-        counts[choice.kernel] = counts.get(choice.kernel, 0) + 1
+        kernel = f"{choice.kernel} ({choice.why})" if choice.why else choice.kernel
+        counts[kernel] = counts.get(kernel, 0) + 1
     return ", ".join(f"{kernel}: {count} layers" for kernel, count in sorted(counts.items())) or "dense"
 
 
@@ -141,6 +151,9 @@ class _Chooser:
         density = float(mask.float().mean())
         if linear is None or density == 1.0:
             return layer, Choice(name, "dense", density, None)
+        if not is_just(layer, nn.Linear, nn.Conv2d):
+            why = "hooks" if is_looked_at(layer) else "own forward"
+            return layer, Choice(name, "dense", density, None, why)
         flat = mask.reshape(mask.shape[0], -1)
         found = self._candidates(linear, flat, density)
         if not found:
@@ -270,9 +283,9 @@ def _fuse_activations(model: nn.Module) -> None:
     The class itself, by its ``forward``: in others of that name something may lie between the two.
     """
     for module in model.modules():
-        mlp: Any = module
-        if not isinstance(mlp, Mlp) or type(mlp).forward is not Mlp.forward or "forward" in vars(mlp):
+        if not isinstance(module, Mlp) or type(module).forward is not Mlp.forward or "forward" in vars(module):
             continue
+        mlp: Any = module
         if not is_just(mlp.fc1, SparseLinear):
             continue
         if is_just(mlp.act, nn.GELU) and mlp.act.approximate == "none":

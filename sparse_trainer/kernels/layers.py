@@ -119,14 +119,27 @@ class SparsePatches(InferenceOnly):
         kernel: height and width of a patch.
     """
 
-    def __init__(self, linear: nn.Module, kernel: tuple[int, int]) -> None:
+    def __init__(self, linear: Any, kernel: tuple[int, int]) -> None:
         super().__init__()
-        self.linear, self.kernel = linear, kernel
+        self.linear = linear
+        self.kernel_size = self.stride = kernel
         self.training = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense kernel ``[out, C, height, width]``, built when somebody asks for it."""
+        weight: Tensor = self.linear.weight
+        return weight.unflatten(1, (-1, *self.kernel_size))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """``[out]``, if there is one."""
+        bias: Tensor | None = self.linear.bias
+        return bias
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, C, H, W]`` to ``[B, out, H / height, W / width]``; what is left over at the edges is not read."""
-        height, width = self.kernel
+        height, width = self.kernel_size
         rows, columns = images.shape[2] // height, images.shape[3] // width
         images = images[:, :, : rows * height, : columns * width]
         patches = images.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # [B, C, rows, h, columns, w]

@@ -568,6 +568,13 @@ def test_layers_and_weights_at_several_places() -> None:
     assert torch.equal(fast.patches.weight, model.patches.weight)
 
 
+@pytest.mark.parametrize("size", [(3, 7, 9), (1, 3, 7, 9), (0, 3, 7, 9)])
+def test_one_image_without_a_batch(size: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, (2, 4), stride=(2, 4)), nn.GELU()).eval()
+    fast = compare(model, masked(model, "0.weight"), torch.randn(size))
+    assert isinstance(fast[0], SparsePatches)
+
+
 # What can go wrong with a compiler and a cache
 
 

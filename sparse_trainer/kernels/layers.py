@@ -138,7 +138,12 @@ class SparsePatches(InferenceOnly):
         return bias
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, out, H / height, W / width]``; what is left over at the edges is not read."""
+        """``[B, C, H, W]`` to ``[B, out, H / height, W / width]``; what is left over at the edges is not read.
+
+        One image ``[C, H, W]`` too, as the convolution takes it.
+        """
+        if images.ndim == 3:
+            return self.forward(images[None])[0]
         height, width = self.kernel_size
         rows, columns = images.shape[2] // height, images.shape[3] // width
         images = images[:, :, : rows * height, : columns * width]

@@ -4,9 +4,10 @@ A block with ``n`` tokens, ``h`` live heads of ``d`` channels, ``m`` live neuron
 
     qkv 3 n D h d  +  scores and mix 2 n^2 h d  +  proj n h d D  +  MLP 2 n D m   (3 n D m where it is gated)
 
-and the patch embedding and the classifier count once. The tensors are asked for their shapes, so a compact model
-counts what it is. A masked matrix counts its live share in ``live_macs``: a lower bound that no dense kernel
-reaches, so it is always shown beside ``macs``. Norms, biases, activations and softmax are not counted, as usual.
+the patch embedding and the classifier count once, and a selector's scorers for the patches that reach them. The
+tensors are asked for their shapes, so a compact model counts what it is. A masked matrix counts its live share in
+``live_macs``: a lower bound that no dense kernel reaches, so it is always shown beside ``macs``. Norms, biases,
+activations and softmax are not counted, as usual.
 """
 
 from __future__ import annotations
@@ -67,10 +68,14 @@ def model_macs(model: nn.Module, tokens: Tensor) -> Tensor:
         tokens: ``[B, depth]``, tokens entering each block.
 
     Returns:
-        ``[B]``, patch embedding and classifier included.
+        ``[B]``, patch embedding, classifier and scorers included.
     """
-    fixed = sum(layer.macs for name, layer in count(model).layers.items() if not name.startswith("blocks."))
+    scored = _scored_patches(model, tokens.unbind(1))
+    layers = count(model).layers
+    fixed = sum(layer.macs for name, layer in layers.items() if not name.startswith("blocks.") and name not in scored)
     total = torch.full_like(tokens[:, 0], float(fixed))
+    for name, patches in scored.items():
+        total = total + patches * layers[name].parameters
     for index, block in enumerate(find_blocks(model).values()):
         width = block.heads.writer.out_features
         reader = sum(parameter.shape[0] for parameter in _weights(block.neurons.owner, "fc1"))
@@ -137,13 +142,14 @@ def _count_vit(model: nn.Module, shares: Mapping[str, float], tokens: Sequence[f
             if isinstance(module, nn.Linear):
                 repeats[f"{name}.{module_name}.weight"] = n
         layers[f"{name}.attn"] = _attention(block, n)
+    scored = _scored_patches(model, entering)
     for name, parameter in model.named_parameters():
         if name == "patch_embed.proj.weight":
             repeats[name] = patches
         elif name in ("head.weight", "head_dist.weight"):
             repeats[name] = 1
         elif name.startswith("selector.") and parameter.ndim > 1:
-            repeats[name] = patches
+            repeats[name] = scored.get(name, patches)
     for name, size in _parts(model, entering[-1]).items():
         layers |= _count_by_running(model.get_submodule(name), shares, size, f"{name}.")
     layers |= {
@@ -152,6 +158,30 @@ def _count_vit(model: nn.Module, shares: Mapping[str, float], tokens: Sequence[f
         if name in repeats
     }
     return layers
+
+
+def _scored_patches(model: nn.Module, tokens: Sequence[Any]) -> dict[str, Any]:
+    """Patches that each scorer of a selector reads, by the name of its weight: those of the block before its stage.
+
+    Tokens into which earlier stages fused patches have no score. A stage whose tokens do not fall is taken for one that
+    fuses nothing: whoever drops a single patch and fuses it is counted with one patch too many from then on.
+
+    Args:
+        tokens: entering each block: numbers, or tensors of a batch.
+    """
+    selector: Any = getattr(model, "selector", None)
+    if getattr(selector, "scorers", None) is None:
+        return {}
+    embed: Any = model.get_submodule("patch_embed")
+    prefix = int(getattr(model, "num_prefix_tokens", 1))
+    scored: dict[str, Any] = {}
+    fused: Any = 0
+    for number, stage in enumerate(selector.stages):
+        before = tokens[stage - 1] if stage else float(prefix + embed.num_patches)
+        scored[f"selector.scorers.{number}.weight"] = before - prefix - fused
+        if selector.config.dropped == "fused":
+            fused = fused + (tokens[stage] < before)
+    return scored
 
 
 def _parts(model: nn.Module, tokens: float) -> dict[str, tuple[int, ...]]:

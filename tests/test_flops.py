@@ -10,8 +10,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments.evaluation.measuring import count_used
+from models import create_model
+from models.selection import tokens_per_block
 from sparse_trainer import SparsityConfig, SparsityScheduler, flops
 from sparse_trainer.units import compact
+from tests.conftest import TINY
 
 Factory = Callable[..., nn.Module]
 
@@ -122,6 +125,50 @@ def test_tokens(tiny_deit: Factory) -> None:
     assert (tokens.grad > 0).all()
     with pytest.raises(ValueError, match="3 numbers were given for 2 blocks"):
         flops.count(model, tokens=[1, 2, 3])
+
+
+@pytest.mark.parametrize("dropped", ["gone", "fused"])
+@pytest.mark.parametrize(("stages", "depth"), [((0,), 2), ((1,), 2), ((0, 1, 3), 4), ((2, 3), 4)])
+def test_a_selector_scores_the_patches_that_reach_it(stages: tuple[int, ...], depth: int, dropped: str) -> None:
+    arguments = {**TINY, "depth": depth}
+    model: Any = create_model(
+        "deit_tiny_patch16_224", selector={"stages": stages, "keep_ratio": 0.5, "dropped": dropped}, **arguments
+    ).eval()
+    image = torch.randn(1, 1, 16, 16)
+    expected = counted_by_torch(model, image)
+    selection = model(image, return_selection=True)[1]
+    tokens = tokens_per_block(selection, depth)
+    reaching = [16, *selection.counts[0].tolist()[:-1]]
+    if dropped == "fused":  # the patches are scored again as weights of their mean, and the mean is a product too
+        expected -= 2 * 24 * sum(reaching)
+    found = flops.count(model, tokens=tokens[0].tolist())
+    scored = [found.layers[f"selector.scorers.{stage}.weight"].macs for stage in range(len(stages))]
+    assert scored == [24 * patches for patches in reaching]
+    assert found.macs == expected
+    assert flops.model_macs(model, tokens).tolist() == [expected]
+    everything = flops.count(model)
+    assert [everything.layers[f"selector.scorers.{stage}.weight"].macs for stage in range(len(stages))] == [
+        24 * 16
+    ] * len(stages)
+
+
+def test_a_stage_that_drops_nothing_fuses_nothing() -> None:
+    """The first leaves 8 patches, a token of the others and the class token; the second drops nothing."""
+    selector = {"stages": [0, 1, 2], "dropped": "fused"}
+    model = create_model("deit_tiny_patch16_224", selector=selector, **{**TINY, "depth": 3})
+    layers = flops.count(model, tokens=[10, 10, 6]).layers
+    assert [layers[f"selector.scorers.{stage}.weight"].macs for stage in range(3)] == [24 * 16, 24 * 8, 24 * 8]
+
+
+def test_each_image_of_a_batch_is_scored_where_it_is() -> None:
+    """Before block 1 a scorer reads the 16 patches of the first image and 3 of the second, of 24 channels each."""
+    model = create_model("deit_tiny_patch16_224", selector={"stages": [0, 1]}, **TINY)
+    tokens = torch.tensor([[17.0, 9.0], [4.0, 2.0]], requires_grad=True)
+    found = flops.model_macs(model, tokens)
+    assert found.tolist() == [flops.count(model, tokens=row.tolist()).macs for row in tokens]
+    plain = flops.model_macs(create_model("deit_tiny_patch16_224", **TINY), tokens)
+    assert (found - plain).tolist() == [24 * (16 + 16), 24 * (16 + 3)]
+    assert torch.autograd.grad((found - plain).sum(), tokens)[0].tolist() == [[24.0, 0.0], [24.0, 0.0]]
 
 
 def test_gated_mlp_in_the_differentiable_form(tiny_deit: Factory) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.layers import Attention, AttentionRope
+from timm.layers import Attention, AttentionRope, GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 
@@ -160,25 +160,29 @@ def _heads(block: str, attention: nn.Module) -> UnitGroup:
     )
 
 
+READERS: dict[type[nn.Module], tuple[tuple[str, int], ...]] = {
+    Mlp: (("fc1", 1),),
+    GluMlp: (("fc1", 2),),
+    SwiGLU: (("fc1_g", 1), ("fc1_x", 1)),
+}
+"""The layers whose rows are neurons, by kind of MLP, and how many groups of rows each has."""
+
+
 def _neurons(block: str, mlp: nn.Module) -> UnitGroup:
     prefix = f"{block}.mlp" if block else "mlp"
     fc2 = getattr(mlp, "fc2", None)
-    kind = type(mlp).__name__
-    if not isinstance(fc2, nn.Linear) or kind not in ("Mlp", "GluMlp", "SwiGLU"):
+    # Exactly these classes: between the layers of another one may lie what mixes neurons.
+    if not isinstance(fc2, nn.Linear) or type(mlp) not in READERS:
         raise _unsupported(block, mlp, "is of a kind whose neurons cannot be taken out")
     if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
         raise _unsupported(block, mlp, "normalises over all neurons (scale_mlp_norm)")
     inputs = []
-    for reader, groups in {
-        "Mlp": (("fc1", 1),),
-        "GluMlp": (("fc1", 2),),
-        "SwiGLU": (("fc1_g", 1), ("fc1_x", 1)),
-    }[kind]:
+    for reader, groups in READERS[type(mlp)]:
         linear = getattr(mlp, reader)
         inputs.append(UnitSlice(f"{prefix}.{reader}.weight", 0, groups))
         if linear.bias is not None:
             inputs.append(UnitSlice(f"{prefix}.{reader}.bias", 0, groups))
-    constant = kind == "Mlp" and mlp.get_submodule("fc1").bias is not None and fc2.bias is not None
+    constant = type(mlp) is Mlp and mlp.get_submodule("fc1").bias is not None and fc2.bias is not None
     return UnitGroup(
         kind="neuron",
         block=block,

@@ -185,6 +185,15 @@ def test_help_names_every_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
         assert "--pairs" in capsys.readouterr().out
 
 
+def test_help_says_whole_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    for command in COMMANDS.values():
+        summary = " ".join((command.measure.__doc__ or "").partition("\n\n")[0].split())
+        assert summary.endswith(".")
+        assert summary in words
+
+
 def test_a_path_means_the_report_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from experiments.commands.train_help import MATTER
 from experiments.config.reading import RECORDS, load_config, recipes
 from experiments.evaluation.speed import images_per_second
 from experiments.run_folder.folder import RunFolder
+from experiments.terminal import run_command
 from models.selector_config import SelectorConfig
 from sparse_trainer import SparsityConfig
 
@@ -194,6 +196,16 @@ def test_mistakes_are_one_line_and_exit_code_2(
     expected = "sparse-trainer: " if message.startswith("error") else "sparse-trainer "
     assert last_line(capsys) == expected + message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("default")
+def test_what_is_said_on_the_way_has_no_place_in_the_code(capsys: pytest.CaptureFixture[str]) -> None:
+    def command() -> int:
+        warnings.warn("no C++ compiler\n  was found", stacklevel=2)
+        return 0
+
+    assert run_command("evaluate", command) == 0
+    assert capsys.readouterr().err == "note: no C++ compiler was found\n"
 
 
 def test_files_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

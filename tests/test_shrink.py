@@ -30,9 +30,10 @@ from experiments.shrinking.plan import (
 )
 from experiments.shrinking.source import find_source
 from models import create_model
-from sparse_trainer import flops
+from sparse_trainer import SparsityConfig, SparsityScheduler, flops
 from sparse_trainer.files.checkpoint import load_sparse_masks, read_info
 from tests.test_data import CLASSES, write_folder
+from tests.test_promises import save
 
 Factory = Callable[..., nn.Module]
 DINO = "vit_small_patch14_dinov2"
@@ -264,4 +265,15 @@ def test_other_classes_are_refused(tmp_path: Path, images: Path, capsys: pytest.
     assert "knows other classes than the data" in capsys.readouterr().err
     assert main(["shrink", "--macs", "0.5"]) == 2
     assert "give the network first" in capsys.readouterr().err
+    assert main(["shrink", str(folder), "--macs", "0.5"]) == 2
+    assert "data.root: give the images, as --data.root FOLDER with" in capsys.readouterr().err
+
+
+def test_what_is_sparse_already_is_refused(
+    tiny_deit: Factory, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scheduler = SparsityScheduler(tiny_deit(), SparsityConfig(density=0.5, updates=0), total_steps=9)
+    save(tmp_path / "sparse.safetensors", scheduler)
+    assert main(["shrink", str(tmp_path / "sparse.safetensors"), *options(tmp_path, images), "--macs", "0.5"]) == 2
+    assert "is sparse already (7,164 of 14,328 (50.00%)); give the dense network" in capsys.readouterr().err
     assert main(["shrink", "--help"]) == 0

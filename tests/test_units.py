@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from sparse_trainer.units import UnitSlice, compact, constant_output, expand_state_dict, find_blocks
 from tests.conftest import VITS
 
+
+class Mlp(timm.layers.Mlp):
+    """Called as timm's, with something between its layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x).roll(1, dims=-1)))
+
+
 Factory = Callable[..., nn.Module]
 
 
@@ -151,11 +159,15 @@ def test_wrong_units_raise(tiny_deit: Factory, heads: dict[str, list[int]], mess
             r"GeGluMlp is of a kind whose neurons cannot be taken out",
         ),
         (
+            lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, mlp_layer=Mlp),
+            r"tests\.test_units\.Mlp is of a kind whose neurons cannot be taken out",
+        ),
+        (
             lambda: timm.create_model("vit_small_patch16_rope_mixed_224", img_size=32, depth=1),
             r"Eva rotates every head by angles of its own",
         ),
     ],
-    ids=["linear", "resnet", "scale_attn_norm", "scale_mlp_norm", "beit", "cait", "vitamin", "rope_mixed"],
+    ids=["linear", "resnet", "scale_attn_norm", "scale_mlp_norm", "beit", "cait", "vitamin", "mixing", "rope_mixed"],
 )
 def test_other_layouts_are_refused_clearly(model: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,7 @@ a dead weight without anyone noticing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -56,8 +56,18 @@ FIRST_MOMENTS = frozenset(
 )
 """State that follows the gradient or the weight: 0 at a dead weight, and 0 where one has just grown."""
 
-SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_sum_sq"})
+FACTORS = ("row_var", "col_var")
+"""Second moments of a weight ``[..., rows, columns]`` in torch's Adafactor: the squared gradient as its means over the
+columns, ``[..., rows, 1]``, and over the rows, ``[..., 1, columns]``."""
+
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_sum_sq", "variance", *FACTORS})
 """State that follows the squared gradient: 0 at a dead weight, the squared growth gradient where one has grown."""
+
+WEIGHT_COPIES = frozenset({"x0", "z"})
+"""First moments that the optimizer computes the weight from: a unit that comes brings its weights there too."""
+
+SCALARS = frozenset({"step", "mu_product", "exp_avg_lr_1", "exp_avg_lr_2"})
+"""State of one value for a whole parameter, be that of one element or not."""
 
 
 DENSE_UPDATES = {"torch.optim": ("Muon",), "timm.optim": ("Muon",)}
@@ -74,7 +84,7 @@ class Optimizers:
     def __init__(self, members: Sequence[torch.optim.Optimizer]) -> None:
         self.members = tuple(members)
 
-    def state_of(self, parameter: nn.Parameter) -> Mapping[str, Any]:
+    def state_of(self, parameter: nn.Parameter) -> MutableMapping[str, Any]:
         """State of the optimizer that moves ``parameter``; empty if there is none yet."""
         for optimizer in self.members:
             if parameter in optimizer.state:
@@ -115,15 +125,21 @@ def _is_among(optimizer: torch.optim.Optimizer, known: Mapping[str, Sequence[str
     )
 
 
+def state_of(optimizer: torch.optim.Optimizer | Optimizers, parameter: nn.Parameter) -> MutableMapping[str, Any]:
+    """What is kept for ``parameter``; empty if there is nothing yet."""
+    if isinstance(optimizer, Optimizers):
+        return optimizer.state_of(parameter)
+    return optimizer.state.get(parameter, {})
+
+
 def moments(optimizer: torch.optim.Optimizer | Optimizers, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
     """The state tensors that hold one value per element of ``parameter``, each with its name.
 
     Raises:
         ValueError: if one of them is of unknown meaning.
     """
-    state = optimizer.state_of(parameter) if isinstance(optimizer, Optimizers) else optimizer.state.get(parameter, {})
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+    for key, value in state_of(optimizer, parameter).items():
+        if not holds_one_per_element(key, value, parameter):
             continue
         if key not in FIRST_MOMENTS | SECOND_MOMENTS:
             raise ValueError(
@@ -133,8 +149,50 @@ def moments(optimizer: torch.optim.Optimizer | Optimizers, parameter: nn.Paramet
         yield key, value
 
 
+def holds_one_per_element(key: str, value: object, parameter: nn.Parameter) -> bool:
+    """Whether a piece of state holds a value for each element of ``parameter``.
+
+    The shape alone does not say so of a parameter of one element: its step may have that shape too.
+    """
+    return isinstance(value, Tensor) and value.shape == parameter.shape and key not in SCALARS
+
+
 def is_second_moment(key: str) -> bool:
     return key in SECOND_MOMENTS
+
+
+def weight_copies(optimizer: torch.optim.Optimizer | Optimizers, parameter: nn.Parameter) -> list[Tensor]:
+    """State that the optimizer computes ``parameter`` from, in its shape."""
+    return [value for key, value in moments(optimizer, parameter) if key in WEIGHT_COPIES]
+
+
+def is_factored(state: Mapping[str, Any]) -> bool:
+    """Whether the second moment is kept as rows and columns."""
+    return all(isinstance(state.get(key), Tensor) for key in FACTORS)
+
+
+def multiplied_out(state: Mapping[str, Any]) -> Tensor:
+    """The second moment that Adafactor takes each weight to have, ``[..., rows, columns]`` in float32 or wider.
+
+    Rows and columns have the same mean, so dividing the rows by theirs first gives the same product without underflow.
+    """
+    rows, columns = (state[key].to(torch.promote_types(state[key].dtype, torch.float32)) for key in FACTORS)
+    mean = rows.mean(dim=-2, keepdim=True)
+    return (rows / torch.where(mean > 0, mean, 1)) @ columns
+
+
+def factored(second_moment: Tensor) -> dict[str, Tensor]:
+    """Inverse of :func:`multiplied_out`: what rows and columns of a second moment are on average."""
+    return {"row_var": second_moment.mean(dim=-1, keepdim=True), "col_var": second_moment.mean(dim=-2, keepdim=True)}
+
+
+def change_factors(state: MutableMapping[str, Any], change: Callable[[Tensor], Tensor]) -> None:
+    """Change a factored second moment as one of each weight is changed, and factor it again.
+
+    Units are rows or columns. Those that neither came nor left keep the second moments that they had, up to rounding.
+    """
+    for key, value in factored(change(multiplied_out(state))).items():
+        state[key] = value.to(state[key])
 
 
 def carry_over(
@@ -155,6 +213,9 @@ def carry_over(
     - ``zero``: the bias correction of Adam, which knows only the step number, then makes the first step about 3.2 times
       the learning rate: the weight moves fast before it is judged by its magnitude.
 
+    Factors of a matrix know of no single weight and stay as they are, but where a matrix has one row or one column:
+    there one of them holds a value per weight.
+
     Args:
         live: bool, the mask after the update.
         added: bool, the weights that this update grew.
@@ -172,3 +233,7 @@ def carry_over(
         else:
             stay = (count_live(live) - count_live(added)) or 1
             value.add_(added * (value.sum() / stay))
+    state = state_of(optimizer, parameter)
+    # Adafactor divides by the mean of the rows. With one row it cancels, with one column it must be that of the other.
+    if is_factored(state) and state["row_var"].shape == parameter.shape:
+        state["col_var"].copy_(state["row_var"].mean(dim=-2, keepdim=True))

@@ -8,12 +8,22 @@ have to learn again what it is known to be good for, and be judged before it has
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from sparse_trainer.live_units import LiveUnits, Swap
-from sparse_trainer.optimizer_state import Optimizers, is_second_moment, moments
+from sparse_trainer.optimizer_state import (
+    WEIGHT_COPIES,
+    Optimizers,
+    change_factors,
+    is_factored,
+    is_second_moment,
+    moments,
+    state_of,
+    weight_copies,
+)
 from sparse_trainer.units import UnitSlice, constant_output
 
 
@@ -43,6 +53,9 @@ def exchange(
             constant = constant_output(group, tensors, slots)
             if constant is not None:
                 tensors[group.output_bias].data.add_(constant)
+                if tensors is parameters:
+                    for copy in weight_copies(optimizer, parameters[group.output_bias]):
+                        copy.add_(constant)
     for part in group.slices:
         parameter, store = parameters[part.name], units.candidates[part.name]
         if part.name in units.first:
@@ -61,7 +74,13 @@ def exchange(
         if parameter.grad is not None:
             part.units(parameter.grad)[slots] = 0
         for key, value in moments(optimizer, parameter):
-            _restart_moments(part, key, value, slots, masks.get(part.name), seed_moments)
+            if key in WEIGHT_COPIES:
+                part.units(value)[slots] = coming.to(value.dtype)
+            else:
+                _restart_moments(part, key, value, slots, masks.get(part.name), seed_moments)
+        state = state_of(optimizer, parameter)
+        if is_factored(state):
+            change_factors(state, partial(_restarted, part, slots, seed_moments))
     units.exchanged(swap)
 
 
@@ -83,3 +102,15 @@ def _restart_moments(part: UnitSlice, key: str, value: Tensor, slots: Tensor, ma
     by_unit[slots] = start
     if mask is not None:
         value.mul_(mask)
+
+
+def _restarted(part: UnitSlice, slots: Tensor, seed: bool, estimate: Tensor) -> Tensor:
+    """The same of a second moment that is kept by rows and columns.
+
+    The mean unit is their multiple, so with ``seed`` too the units that stay keep what they had.
+    """
+    by_unit = part.units(estimate)
+    stays = torch.ones(by_unit.shape[0], dtype=torch.bool, device=estimate.device)
+    stays[slots] = False
+    by_unit[slots] = by_unit[stays].mean(dim=0) if seed and bool(stays.any()) else 0.0
+    return estimate

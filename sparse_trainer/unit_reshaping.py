@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from sparse_trainer.live_units import LiveUnits
-from sparse_trainer.optimizer_state import Optimizers
+from sparse_trainer.optimizer_state import (
+    FACTORS,
+    WEIGHT_COPIES,
+    Optimizers,
+    change_factors,
+    holds_one_per_element,
+    is_factored,
+    weight_copies,
+)
 from sparse_trainer.units import UnitGroup, UnitSlice, constant_output, find_blocks
 
 Reshape = Callable[[str, Callable[[Tensor], Tensor]], None]
@@ -52,6 +60,9 @@ def shrink(
             constant = constant_output(group, tensors, gone)
             if constant is not None:
                 tensors[group.output_bias].data.add_(constant)
+                if tensors is parameters:
+                    for copy in weight_copies(optimizer, parameters[group.output_bias]):
+                        copy.add_(constant)
     for part in group.slices:
         parameter = parameters[part.name]
         if part.name in units.first:
@@ -63,7 +74,7 @@ def shrink(
         def kept(tensor: Tensor, part: UnitSlice = part) -> Tensor:
             return part.take(tensor, slots)
 
-        _reshape_state(optimizer, parameter, kept)
+        _reshape_state(optimizer, parameter, kept, kept)
         others(part.name, kept)
         exchange_data(parameter, kept(parameter.data))
         if part.name in averages:
@@ -109,10 +120,13 @@ def grow(
         def with_zeros(tensor: Tensor, part: UnitSlice = part) -> Tensor:
             return part.join(tensor, torch.zeros_like(part.take(tensor, models)))
 
+        def with_coming(tensor: Tensor, part: UnitSlice = part, coming: Tensor = coming) -> Tensor:
+            return part.join(tensor, coming.to(tensor))
+
         def with_copies(tensor: Tensor, part: UnitSlice = part) -> Tensor:
             return part.join(tensor, part.take(tensor, models))
 
-        _reshape_state(optimizer, parameter, with_zeros)
+        _reshape_state(optimizer, parameter, with_zeros, with_coming)
         others(part.name, with_copies)
         exchange_data(parameter, part.join(parameter.data, coming))
         if part.name in averages:
@@ -142,15 +156,28 @@ def set_count(group: UnitGroup, units: int, ema: nn.Module | None) -> None:
         (block.heads if group.kind == "head" else block.neurons).set_count(units)
 
 
-def _reshape_state(optimizer: Optimizers, parameter: nn.Parameter, change: Callable[[Tensor], Tensor]) -> None:
-    """Moments follow; what an optimizer keeps by rows and columns begins anew."""
+def _reshape_state(
+    optimizer: Optimizers,
+    parameter: nn.Parameter,
+    change: Callable[[Tensor], Tensor],
+    change_weights: Callable[[Tensor], Tensor],
+) -> None:
+    """Moments follow, and copies of the weights as the weights do; state of any other shape begins anew."""
     for member in optimizer.members:
         state = member.state.get(parameter)
         if not state:
             continue
-        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
-        if any(value.shape != parameter.shape for value in tensors.values()):
+        factors = FACTORS if is_factored(state) else ()
+        tensors = {
+            key: value
+            for key, value in state.items()
+            if isinstance(value, Tensor) and key not in factors and value.numel() > 1
+        }
+        per_element = {key for key, value in tensors.items() if holds_one_per_element(key, value, parameter)}
+        if any(value.numel() > 1 for key, value in tensors.items() if key not in per_element):
             member.state.pop(parameter)
             continue
-        for key, value in tensors.items():
-            state[key] = change(value)
+        for key in per_element:
+            state[key] = (change_weights if key in WEIGHT_COPIES else change)(state[key])
+        if factors:
+            change_factors(state, change)

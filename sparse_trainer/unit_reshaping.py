@@ -168,11 +168,7 @@ def _reshape_state(
         if not state:
             continue
         factors = FACTORS if is_factored(state) else ()
-        tensors = {
-            key: value
-            for key, value in state.items()
-            if isinstance(value, Tensor) and key not in factors and value.numel() > 1
-        }
+        tensors = {key: value for key, value in state.items() if isinstance(value, Tensor) and key not in factors}
         per_element = {key for key, value in tensors.items() if holds_one_per_element(key, value, parameter)}
         if any(value.numel() > 1 for key, value in tensors.items() if key not in per_element):
             member.state.pop(parameter)

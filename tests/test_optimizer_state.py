@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -289,8 +289,8 @@ class Block:
             seed_moments=seed_moments,
         )
 
-    def shrink(self) -> None:
-        shrink(self.units, [0, 2, 3, 4], self.parameters, optimizer=self.optimizers, ema=None, others=nothing_else)
+    def shrink(self, slots: Sequence[int] = (0, 2, 3, 4)) -> None:
+        shrink(self.units, slots, self.parameters, optimizer=self.optimizers, ema=None, others=nothing_else)
 
     def grow(self) -> None:
         grow(self.units, [0], self.parameters, writing=[0], optimizer=self.optimizers, ema=None, others=nothing_else)
@@ -374,3 +374,37 @@ def test_a_copy_of_the_output_bias_takes_the_constant_too(kind: str, change: str
     made.swap(False) if change == "swap" else made.shrink()
     assert not torch.equal(bias, before[0])
     torch.testing.assert_close(copy - before[1], bias - before[0])
+
+
+@pytest.mark.parametrize("name", [*NAMES, "muon"])
+def test_moments_of_one_neuron_are_no_scalars(name: str, block: Callable[..., Block]) -> None:
+    """A bias of one element has moments of shape ``[1]``, and they become two when a second neuron comes."""
+    made = block(name, live=1)
+    bias = made.parameters[made.group.inputs[-1].name]
+    assert bias.shape == (1,)
+    if "step" in made.optimizer.state[bias] and isinstance(made.optimizer.state[bias]["step"], Tensor):
+        made.optimizer.state[bias]["step"] = made.optimizer.state[bias]["step"].reshape(1)  # as some have it
+    made.grow()
+    for parameter in made.parameters.values():
+        parameter.grad = torch.randn_like(parameter)
+    assert all(value.shape == (2,) for _, value in moments(made.optimizer, bias))
+    step = made.optimizer.state[bias].get("step")
+    assert not isinstance(step, Tensor) or step.numel() == 1
+    made.optimizer.step()
+    made.shrink([1])
+    assert all(value.shape == (1,) for _, value in moments(made.optimizer, bias))
+
+
+@pytest.mark.filterwarnings("ignore:(the schedule was not reached|neuron_density|what came back)")
+def test_a_block_of_one_neuron_grows_again(
+    tiny_deit: Callable[..., nn.Module], tiny_batch: tuple[Tensor, Tensor]
+) -> None:
+    config = SparsityConfig(
+        density=None,
+        neuron_density=0.5,
+        unit_distribution="global",
+        update_every=1,
+        drop_fraction=0.5,
+        swap="always",
+    )
+    changes_in_training(tiny_deit(depth=3, mlp_ratio=0.25), "adamw", config, *tiny_batch, steps=30)

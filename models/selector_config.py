@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 
 _ONLY_FOR: dict[str, tuple[str, ...]] = {
@@ -18,9 +19,14 @@ _EARLIER_DEFAULTS: dict[str, object] = {"gradient": "factor", "noise": 1.0}
 _DEFAULT_STAGES: dict[str, tuple[int, ...]] = {"top_k": (0,), "threshold": (4, 7, 10)}
 
 
+def _plain(value: Any) -> Any:
+    """A number or array of NumPy or torch as number or list of Python; anything else as it is."""
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray, torch.Tensor)) else value
+
+
 def _as_tuple(value: object) -> tuple[Any, ...]:
     """A list as JSON and YAML give it; anything else alone, for the checks to refuse."""
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else (value,)
 
 
 @dataclass(frozen=True)
@@ -69,17 +75,22 @@ class SelectorConfig:
     sigmoid, at most 0.25, exceeds this: its gradient teaches the threshold. 0: wherever there is any."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         if not isinstance(self.kind, str) or self.kind not in _DEFAULT_STAGES:
             raise ValueError(f"kind: {self.kind!r} is not one of {', '.join(_DEFAULT_STAGES)}")
         if self.kind == "threshold":
             for name, earlier in _EARLIER_DEFAULTS.items():
-                if getattr(self, name) == earlier:
+                value = getattr(self, name)
+                if value == earlier and not isinstance(value, bool):
                     object.__setattr__(self, name, type(self).__dataclass_fields__[name].default)
         stages = _as_tuple(_DEFAULT_STAGES[self.kind] if self.stages is None else self.stages)
         object.__setattr__(self, "stages", stages)
-        if self.kind == "threshold":
+        if self.thresholds is not None:
+            object.__setattr__(self, "thresholds", _as_tuple(self.thresholds))
+        elif self.kind == "threshold":
             default = tuple(round(0.001 * (stage + 1), 6) for stage in range(len(stages)))
-            object.__setattr__(self, "thresholds", _as_tuple(default if self.thresholds is None else self.thresholds))
+            object.__setattr__(self, "thresholds", default)
         problems = self._problems()
         if problems:
             raise ValueError("; ".join(problems))

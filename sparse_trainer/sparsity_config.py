@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from sparse_trainer.budget import DISTRIBUTIONS
 from sparse_trainer.patterns import read_pattern
-from sparse_trainer.update_schedule import UpdateSchedule
+from sparse_trainer.update_schedule import UpdateSchedule, plain, whole
 
 GROWTH = ("gradient", "random")
 SWAPS = ("auto", "always", "if_better", "explore")
@@ -19,6 +20,13 @@ UNIT_COUNTS = ("carry", "round_up")
 FIRST_WEIGHTS = ("drawn", "rescaled")
 WEIGHT_MOMENTS = ("zero", "mean", "gradient")
 UNIT_MOMENTS = ("mean", "zero")
+
+
+def _patterns(value: object) -> object:
+    """Name patterns as a tuple, one alone too; anything else as it is, for the checks to refuse."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, (Mapping, bytes)) else value
 
 
 @dataclass(frozen=True)
@@ -111,9 +119,10 @@ class SparsityConfig:
     """Seed of the first masks and of random growth."""
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         for name in ("include", "exclude"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, name, _patterns(getattr(self, name)))
         problems = self._problems()
         if problems:
             raise ValueError("; ".join(problems))
@@ -169,14 +178,13 @@ class SparsityConfig:
             if not accept:
                 problems.append(f"{name}: {getattr(self, name)!r} is not {works}")
 
-        def number(value: object) -> bool:
-            return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        def choice(name: str, known: Sequence[str]) -> None:
+            value = getattr(self, name)
+            check(name, f"one of {', '.join(known)}", isinstance(value, str) and value in known)
 
         def share(value: Any, *, zero: bool = False) -> bool:
-            return number(value) and (0 <= value <= 1 if zero else 0 < value <= 1)
-
-        def whole(value: Any, least: int) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and value >= least
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            return number and (0 <= value <= 1 if zero else 0 < value <= 1)
 
         check("density", "a share in (0, 1] or null", self.density is None or share(self.density))
         check(
@@ -197,28 +205,27 @@ class SparsityConfig:
         check("reach_at", "a share in (0, 1]", share(self.reach_at))
         check("head_density", "a share in (0, 1]", share(self.head_density))
         check("neuron_density", "a share in (0, 1]", share(self.neuron_density))
-        check("distribution", f"one of {', '.join(DISTRIBUTIONS)}", self.distribution in DISTRIBUTIONS)
-        check("grow", f"one of {', '.join(GROWTH)}", self.grow in GROWTH)
-        check("swap", f"one of {', '.join(SWAPS)}", self.swap in SWAPS)
+        choice("distribution", DISTRIBUTIONS)
+        choice("grow", GROWTH)
+        choice("swap", SWAPS)
         check("probation", "a whole number (0 or more)", whole(self.probation, 0))
         check("score_batches", "a positive whole number", whole(self.score_batches, 1))
-        known = ", ".join(UNIT_DISTRIBUTIONS)
-        check("unit_distribution", f"one of {known}", self.unit_distribution in UNIT_DISTRIBUTIONS)
+        choice("unit_distribution", UNIT_DISTRIBUTIONS)
         if self.unit_distribution == "by_score" and self.start != "score" and not self.unit_falls:
             problems.append(
                 'unit_distribution: "by_score" needs start: "score", which compares the units, or unit_falls'
             )
         check("unit_falls", "a whole number (0 or more)", whole(self.unit_falls, 0))
-        if self.unit_falls and ":" in str(self.pattern):
+        if whole(self.unit_falls, 1) and ":" in str(self.pattern):
             problems.append(f"unit_falls: pattern {self.pattern} has one density; give 1x1 or RxC, or unit_falls 0")
-        if self.unit_falls and not (
+        if whole(self.unit_falls, 1) and not (
             (share(self.head_density) and self.head_density < 1)
             or (share(self.neuron_density) and self.neuron_density < 1)
         ):
             problems.append("unit_falls: needs head_density or neuron_density below 1")
-        check("start", f"one of {', '.join(STARTS)}", self.start in STARTS)
-        check("candidates", f"one of {', '.join(CANDIDATES)}", self.candidates in CANDIDATES)
-        check("unit_counts", f"one of {', '.join(UNIT_COUNTS)}", self.unit_counts in UNIT_COUNTS)
+        choice("start", STARTS)
+        choice("candidates", CANDIDATES)
+        choice("unit_counts", UNIT_COUNTS)
         steps_work = self.update_every is None or whole(self.update_every, 1)
         check("update_every", "a positive whole number of steps or null", steps_work)
         check("updates", "a whole number (0 or more) or null", self.updates is None or whole(self.updates, 0))
@@ -234,13 +241,18 @@ class SparsityConfig:
         check("stop_at", "a share in [0, 1]", share(self.stop_at, zero=True))
         check("growth_batches", "a positive whole number of micro-batches", whole(self.growth_batches, 1))
         check("regrow", "true or false", isinstance(self.regrow, bool))
-        check("first_weights", f"one of {', '.join(FIRST_WEIGHTS)}", self.first_weights in FIRST_WEIGHTS)
+        choice("first_weights", FIRST_WEIGHTS)
+        check("pattern", "a text such as 1x1, 16x1 or 2:4", isinstance(self.pattern, str))
         try:
-            read_pattern(str(self.pattern))
+            read_pattern(self.pattern if isinstance(self.pattern, str) else "1x1")
         except ValueError as error:
             problems.append(f"pattern: {error}")
-        check("weight_moments", f"one of {', '.join(WEIGHT_MOMENTS)}", self.weight_moments in WEIGHT_MOMENTS)
-        check("unit_moments", f"one of {', '.join(UNIT_MOMENTS)}", self.unit_moments in UNIT_MOMENTS)
-        check("seed", "a whole number (0 or more)", whole(self.seed, 0))
+        choice("weight_moments", WEIGHT_MOMENTS)
+        choice("unit_moments", UNIT_MOMENTS)
+        check("seed", "a whole number from 0 to 2^63 - 1", whole(self.seed, 0) and self.seed < 2**63)
         check("floor", "a share in [0, 1]", share(self.floor, zero=True))
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            patterns = isinstance(value, tuple) and all(isinstance(pattern, str) for pattern in value)
+            check(name, 'name patterns, such as ("blocks.*",); () for none', patterns)
         return problems

@@ -5,6 +5,20 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import numpy as np
+from torch import Tensor
+
+
+def plain(value: Any) -> Any:
+    """A number or array of NumPy or torch as number or list of Python; anything else as it is."""
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray, Tensor)) else value
+
+
+def whole(value: object, least: int) -> TypeGuard[int]:
+    """Whether it is a whole number, and not less; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,9 @@ class UpdateSchedule:
     update_steps: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.total_steps < 1:
-            raise ValueError(f"total_steps: {self.total_steps} is not a positive number of optimizer steps")
+        object.__setattr__(self, "total_steps", plain(self.total_steps))
+        if not whole(self.total_steps, 1) or self.total_steps >= 2**63:
+            raise ValueError(f"total_steps: {self.total_steps!r} is not a positive whole number of optimizer steps")
         if self.updates is not None and self.update_every is not None:
             raise ValueError("give updates or update_every, not both")
         last = max(0, math.ceil(self.stop_at * self.total_steps) - 1)

@@ -306,6 +306,40 @@ def test_a_second_scheduler_is_refused(tiny_deit: Factory, config: SparsityConfi
     assert third.budget.live == round(0.2 * third.budget.total)
 
 
+def test_a_scheduler_on_a_part_is_refused(tiny_deit: Factory) -> None:
+    """As on the whole: it would prune what the first left, whichever of the two is there first."""
+    model = tiny_deit()
+    first: Any = SparsityScheduler(model, CONFIG, total_steps=STEPS)
+    before = copy.deepcopy(model.state_dict())
+    blocks, layer = model.get_submodule("blocks"), model.get_submodule("blocks.1.mlp.fc1")
+    for part in (blocks, layer):
+        with pytest.raises(ValueError, match=r"it is a part of one that was made sparse.*resume_from=scheduler"):
+            SparsityScheduler(part, CONFIG, total_steps=STEPS)
+        with pytest.raises(ValueError, match="it is a part of one that was made sparse"):
+            SparsityScheduler(part, CONFIG, total_steps=STEPS, resume_from=first)
+    with pytest.raises(ValueError, match="its part 1 is a part of one that was made sparse"):
+        SparsityScheduler(nn.Sequential(nn.Linear(24, 24), layer), CONFIG, total_steps=STEPS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    SparsityScheduler(copy.deepcopy(layer), CONFIG, total_steps=STEPS)
+    second = SparsityScheduler(model, CONFIG, total_steps=STEPS, resume_from=first)
+    model.add_module("blocks", nn.Identity())  # what was taken out of the model is given free with it
+    second.detach(release=True)
+    of_part = SparsityScheduler(blocks, CONFIG, total_steps=STEPS)
+    model.add_module("blocks", blocks)
+    with pytest.raises(ValueError, match=r"its part blocks was made sparse.*resume_from=scheduler"):
+        SparsityScheduler(model, CONFIG, total_steps=STEPS)
+    of_part.detach(release=True)
+    SparsityScheduler(model, CONFIG, total_steps=STEPS)
+
+
+def test_what_is_not_trained_may_be_shared() -> None:
+    """An activation, and a frozen network in front, belong to no scheduler."""
+    shared = nn.Sequential(nn.Linear(24, 24), nn.ReLU()).requires_grad_(False)
+    config = SparsityConfig(exclude=("0.*",), updates=3)
+    kept = [SparsityScheduler(nn.Sequential(shared, nn.Linear(24, 24)), config, total_steps=STEPS) for _ in range(2)]
+    assert all(list(scheduler.masks) == ["1.weight"] for scheduler in kept)
+
+
 def test_a_copy_of_the_model_is_free(tiny_deit: Factory) -> None:
     scheduler = SparsityScheduler(tiny_deit(), CONFIG, total_steps=STEPS)
     SparsityScheduler(copy.deepcopy(scheduler.model), CONFIG, total_steps=STEPS)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -61,15 +61,17 @@ class Enforcement:
         self._told = False
         self._library: Library | None = None
         self._optimizers: Optimizers | None = None
+        self._averages: Callable[[], Mapping[str, Tensor]] = dict
 
-    def prepare(self, optimizers: Optimizers) -> None:
+    def prepare(self, optimizers: Optimizers, averages: Callable[[], Mapping[str, Tensor]]) -> None:
         """Before gradients come: have the compiled loop ready where it is worth it.
 
         Args:
             optimizers: whose moments are zeroed where somebody else has written to dead weights, which a penalty on
                 weights then lets in.
+            averages: what averages the weights now, by the same names; it takes in what was written too.
         """
-        self._optimizers = optimizers
+        self._optimizers, self._averages = optimizers, averages
         self.always = self._told or optimizers.updates_are_dense
         sizes = [parameter.numel() for parameter in self.parameters.values()]
         if sizes:
@@ -91,7 +93,14 @@ class Enforcement:
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and files: what is clean is known of these tensors alone."""
-        return {**self.__dict__, "clean_gradients": {}, "_clean_weights": {}, "_library": None, "_optimizers": None}
+        return {
+            **self.__dict__,
+            "clean_gradients": {},
+            "_clean_weights": {},
+            "_library": None,
+            "_optimizers": None,
+            "_averages": dict,
+        }
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -137,7 +146,11 @@ class Enforcement:
     @torch.no_grad()
     def look(self, *, everywhere: bool) -> None:
         """Put right what was written since the optimizer's last step: where that can be seen, or ``everywhere``."""
-        self._put_right(list(self.parameters) if everywhere else self._written())
+        if self._told:
+            self._kill_all()
+            self._clean_averages()
+        else:
+            self._put_right(list(self.parameters) if everywhere else self._written())
 
     def written_by_others(self) -> bool:
         """Whether weights of all layers were written since the last step that was seen; reads the device."""
@@ -156,6 +169,7 @@ class Enforcement:
             if optimizer is not None:
                 pairs += [(value, mask) for _, value in moments(optimizer, parameter)]
         self._zero(pairs)
+        self._clean_averages()
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 self._remember_gradient(name, parameter.grad)
@@ -177,6 +191,11 @@ class Enforcement:
             "a perturbation) and are 0 again; from now on masks are applied at every step. Where you write to weights "
             "on purpose, call scheduler.enforce() after it"
         )
+
+    def _clean_averages(self) -> None:
+        for name, average in self._averages().items():
+            if name in self.masks:
+                zero_dead(average, self.masks[name].to(average.device))
 
     def _kill_all(self) -> None:
         for name, parameter in self.parameters.items():

@@ -19,7 +19,6 @@ from sparse_trainer.construction import LiveNetwork
 from sparse_trainer.enforcement import Enforcement
 from sparse_trainer.following import Following
 from sparse_trainer.live_units import Swap
-from sparse_trainer.masks import zero_dead
 from sparse_trainer.prunable import Standing, prunable_places, prunable_weights
 from sparse_trainer.report import MaskUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
@@ -140,9 +139,6 @@ class MaskOwner:
             return
         self._weights.follow_device()
         self._enforcement.enforce(self._following.optimizers if self._following is not None else None)
-        for name, tensor in self._averages().items():
-            if name in self.masks:
-                zero_dead(tensor, self.masks[name].to(tensor.device))
 
     def _update(
         self, closure: LossClosure | None, *, step: int, drop_fraction: float, live: int | None = None

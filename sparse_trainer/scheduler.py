@@ -196,7 +196,7 @@ class SparsityScheduler(MaskOwner):
             loaded=self._something_was_loaded,
         )
         self._following.passes_per_step = self._passes_per_step
-        self._enforcement.prepare(self._following.optimizers)
+        self._enforcement.prepare(self._following.optimizers, self._averages)
         self._enforcement.remember()
         self._arm()
 

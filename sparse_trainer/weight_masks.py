@@ -157,7 +157,7 @@ class WeightMasks:
             first[name] = mask.to(parameter.device).clone()
         made = cls(parameters, sum(map(count_live, first.values())), config, masks=first, patterns=patterns)
         odd = [name for name, mask in first.items() if not made.patterns[name].fits(mask)]
-        if odd == [min(first, key=lambda name: first[name].numel())]:
+        if odd == [min(masks, key=lambda name: masks[name].numel())]:
             made.patterns[odd[0]] = SINGLE  # the one that met a budget exactly, which no whole blocks are
         elif odd:
             raise ValueError(
@@ -170,13 +170,17 @@ class WeightMasks:
     def allocate(self, live: int) -> dict[str, int]:
         """How many weights of each layer live under a budget from now on, in whole blocks of their patterns.
 
-        A layer that is frozen keeps as many as it has, where the others can meet the budget.
+        A layer that is frozen keeps as many as it has, where the others can meet the budget. Where only single weights
+        can meet it exactly, those of frozen layers change next.
         """
         shapes = {name: p.shape for name, p in self.parameters.items()}
-        held = {name: count_live(self.masks[name]) for name, p in self.parameters.items() if not p.requires_grad}
-        if held and len(held) < len(shapes):
+        frozen = {name: count_live(self.masks[name]) for name, p in self.parameters.items() if not p.requires_grad}
+        in_blocks = {name: count for name, count in frozen.items() if not self.patterns[name].single}
+        for held in (frozen, in_blocks):
             free = {name: shape for name, shape in shapes.items() if name not in held}
             patterns = {name: self.patterns[name] for name in free}
+            if not held or not free:
+                continue
             with contextlib.suppress(ValueError):
                 counts = allocate_blocks(free, live - sum(held.values()), self.config, patterns, at_least_one=True)
                 if all(counts[name] % self.patterns[name].size == 0 for name in free):
@@ -263,7 +267,7 @@ class WeightMasks:
         self.growth.collect(now)
         if now and self._handles and not self._collectors:
             for name, parameter in self.parameters.items():
-                if parameter.requires_grad:  # not if it was frozen meanwhile
+                with hookable(parameter):  # a frozen one may train again meanwhile
                     self._collectors.append(parameter.register_hook(self._collector(name)))
         while not now and self._collectors:
             self._collectors.pop().remove()

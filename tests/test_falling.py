@@ -178,6 +178,25 @@ def test_a_frozen_layer_keeps_its_weights_where_the_others_can_meet_the_budget(t
         assert float(before[mask].abs().min()) >= float(before[~mask].abs().max())
 
 
+@pytest.mark.filterwarnings("ignore:pattern. 8x1 does not divide")
+def test_single_weights_make_up_what_frozen_blocks_cannot(tiny_deit: Factory) -> None:
+    """The classifier has the only single weights: a few of them, and not the blocks of a frozen layer."""
+    model = tiny_deit()
+    config = SparsityConfig(density=0.6, initial_density=1.0, pattern="8x1", updates=3)
+    scheduler = SparsityScheduler(model, config, total_steps=10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    scheduler.attach(optimizer)
+    for part in ("head", "blocks.0"):
+        model.get_submodule(part).requires_grad_(False)
+    for _, (images, targets) in zip(range(10), batches(), strict=False):
+        F.cross_entropy(model(images), targets).backward()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        assert_invariants(scheduler, optimizer, scheduler.target)
+    assert all(bool(mask.all()) for name, mask in scheduler.masks.items() if name.startswith("blocks.0."))
+
+
 @pytest.mark.parametrize("distribution", ["erk", "global"])
 @pytest.mark.filterwarnings("ignore:pattern. 4.weight has single weights:UserWarning")
 def test_a_frozen_layer_takes_up_what_blocks_leave(distribution: str) -> None:

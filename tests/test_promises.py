@@ -208,6 +208,29 @@ def test_no_moment_of_a_dead_weight_remains_of_such_a_write(tiny_deit: Factory, 
             assert not value[~mask].any()
 
 
+@pytest.mark.parametrize("counted", [False, True])
+def test_no_average_keeps_what_was_written_to_dead_weights(tiny_deit: Factory, counted: bool) -> None:
+    """Neither when the write is found, nor where the average takes one in before it is."""
+    scheduler = SparsityScheduler(tiny_deit(), SparsityConfig(density=0.5, updates=3), total_steps=30)
+    model = scheduler.model
+    ema = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    scheduler.attach(optimizer, ema=ema)
+
+    @torch.no_grad()
+    def write(model: nn.Module, step: int) -> None:
+        if step in (25, 28):
+            for name in scheduler.masks:
+                parameter = model.get_parameter(name)
+                (parameter if counted else parameter.data).add_(0.1)
+        for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
+            average.lerp_(parameter, 0.01)
+
+    with pytest.warns(UserWarning, match="dead weights were written to"):
+        run(scheduler, optimizer, steps=30, after=write)
+    assert dead_that_live(scheduler, ema) == 0
+
+
 def test_how_often_weights_are_looked_at_goes_on_after_a_restart(tiny_deit: Factory) -> None:
     def looked(stop: bool) -> list[int]:
         torch.manual_seed(0)
@@ -548,6 +571,40 @@ def test_a_copy_that_is_made_while_layers_are_frozen(tiny_deit: Factory) -> None
     assert dead_that_live(copied) == 0
 
 
+@pytest.mark.parametrize(("every", "freeze", "thaw", "stop"), [(8, 3, 12, 5), (20, 5, 15, 17), (20, 5, 15, 15)])
+def test_a_copy_goes_on_alike_where_layers_thaw(
+    tiny_deit: Factory, every: int, freeze: int, thaw: int, stop: int
+) -> None:
+    """Also while the gradient that grows weights is collected."""
+    scheduler = SparsityScheduler(tiny_deit(), SparsityConfig(density=0.5, update_every=every), total_steps=100)
+    optimizer = torch.optim.AdamW(scheduler.model.parameters(), lr=3e-3)
+    scheduler.attach(optimizer)
+
+    def grown(scheduler: SparsityScheduler, optimizer: torch.optim.Optimizer, first: int, last: int) -> list[int]:
+        found = []
+        for step, (images, targets) in enumerate(batches()):
+            if step == last:
+                break
+            if step < first:
+                continue
+            if step in (freeze, thaw):
+                scheduler.model.get_submodule("blocks.0").requires_grad_(step == thaw)
+            F.cross_entropy(scheduler.model(images), targets).backward()
+            optimizer.step()
+            update = scheduler.step()
+            optimizer.zero_grad()
+            if update is not None:
+                found.append(sum(layer.grown for n, layer in update.layers.items() if n.startswith("blocks.0")))
+        return found
+
+    grown(scheduler, optimizer, 0, stop)
+    copied, adamw = copy.deepcopy((scheduler, optimizer))
+    ours = grown(scheduler, optimizer, stop, 50)
+    assert ours == grown(copied, adamw, stop, 50)
+    assert sum(ours) > 0
+    assert all(torch.equal(mask, copied.masks[name]) for name, mask in scheduler.masks.items())
+
+
 def test_a_layer_that_is_replaced_is_noticed(tiny_deit: Factory) -> None:
     scheduler = SparsityScheduler(tiny_deit(), CONFIG, total_steps=STEPS)
     optimizer = torch.optim.AdamW(scheduler.model.parameters(), lr=1e-2)
@@ -670,6 +727,17 @@ def test_going_on_after_a_budget_that_fell_in_blocks() -> None:
     other = SparsityConfig(density=0.25, pattern="8x1", updates=0)
     with pytest.raises(ValueError, match=r"resume_from: the mask of \S+ is not of pattern 8x1"):
         SparsityScheduler(model, other, total_steps=10, resume_from=scheduler.live_network)
+
+
+@pytest.mark.filterwarnings("ignore:pattern. ")
+def test_going_on_with_fewer_classes_than_the_layer_of_single_weights_has_weights(tiny_deit: Factory) -> None:
+    config = SparsityConfig(density=0.503, pattern="4x1", updates=2)
+    model: Any = tiny_deit(num_classes=100)
+    former = SparsityScheduler(model, config, total_steps=6)
+    single = former.masks["patch_embed.proj.weight"].clone()
+    model.reset_classifier(10)
+    scheduler = SparsityScheduler(model, config, total_steps=6, resume_from=former)
+    assert torch.equal(scheduler.masks["patch_embed.proj.weight"], single)
 
 
 def save(path: Any, scheduler: SparsityScheduler) -> None:

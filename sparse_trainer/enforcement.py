@@ -128,6 +128,10 @@ class Enforcement:
         self._steps += 1
         self.remember()
 
+    def uncount(self, steps: int) -> None:
+        """So many of the steps were skipped by the optimizer itself, and told only now."""
+        self._steps -= steps
+
     def remember(self) -> None:
         """Take the weights as they are for clean."""
         self._clean_weights = {name: stamp(parameter) for name, parameter in self.parameters.items()}

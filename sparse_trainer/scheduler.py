@@ -264,6 +264,7 @@ class SparsityScheduler(MaskOwner):
         if skipped is not None:
             self._following.forget_skipped()
         if skipped:
+            self._enforcement.uncount(1)
             return None
         self._step += 1
         update = None
@@ -305,7 +306,9 @@ class SparsityScheduler(MaskOwner):
     def _exact_step(self) -> int:
         """The step number less the steps that a fused optimizer skipped on the device; this reads the device."""
         if self._following is not None:
-            self._step -= self._following.take_skipped()
+            skipped = self._following.take_skipped()
+            self._step -= skipped
+            self._enforcement.uncount(skipped)
         return self._step
 
     def _before_optimizer_step(self) -> None:
@@ -332,9 +335,10 @@ class SparsityScheduler(MaskOwner):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides future masks, as tensors, numbers, strings, lists and dictionaries."""
+        step = self._exact_step()  # before what is live: it may tell of steps that did not count
         live = self._live_state()
         return {
-            "step": self._exact_step(),
+            "step": step,
             "last_update": self._last_update,
             "passes_per_step": self._passes(),
             "total_steps": self.schedule.total_steps,

@@ -97,10 +97,11 @@ def plan(model: nn.Module, config: SparsityConfig, schedule: UpdateSchedule, giv
             f"pattern: {config.pattern} divides no layer of this model; {name}, for one, has "
             f"{shape[0]} outputs of {_numel(shape[1:])} weights"
         )
-    undivided = [name for name in odd if not pattern.divides(shapes[name])]
+    # Of a layer that changes its size a pattern has to divide every one.
+    undivided = [name for name in odd if vary or not pattern.divides(shapes[name])]
     if undivided:
         notes.append(f"pattern: {config.pattern} does not divide {', '.join(undivided[:3])}; single weights there")
-    elif odd and not vary:
+    elif odd:
         notes.append(f"pattern: {odd[0]} has single weights, so that the budget is met exactly")
     # Raises where a layer would be left without a weight; patterns are then those that the first masks have.
     counts, sizes = allocation_of(shapes, live, config.distribution), {n: _numel(shape) for n, shape in shapes.items()}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_trainer.optimizer_state import Optimizers, check_supported
-from sparse_trainer.prunable import hookable
 
 
 def unwrap(optimizer: Any) -> list[torch.optim.Optimizer]:
@@ -45,6 +45,18 @@ def check_optimizers(optimizers: Sequence[torch.optim.Optimizer], prunable: dict
             f"the optimizer lacks {len(missing)} prunable parameters, {missing[0]} among them; build it from "
             "the model's parameters after the scheduler, give all optimizers in one list, or exclude frozen layers"
         )
+
+
+@contextlib.contextmanager
+def hookable(parameter: nn.Parameter) -> Iterator[None]:
+    """Lets a frozen parameter take hooks, which torch refuses; they stay until it trains again."""
+    frozen = not parameter.requires_grad
+    parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        if frozen:
+            parameter.requires_grad_(False)
 
 
 class LoadHook:

@@ -7,7 +7,6 @@ Prunable is every weight that multiplies: of ``Linear``, ``Bilinear`` and the co
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import fnmatch
 import math
@@ -40,18 +39,6 @@ class Place:
     module: nn.Module
     leaf: str
     parameter: nn.Parameter
-
-
-@contextlib.contextmanager
-def hookable(parameter: nn.Parameter) -> Iterator[None]:
-    """Lets a frozen parameter take hooks, which torch refuses; they stay until it trains again."""
-    frozen = not parameter.requires_grad
-    parameter.requires_grad_()
-    try:
-        yield
-    finally:
-        if frozen:
-            parameter.requires_grad_(False)
 
 
 class Standing:

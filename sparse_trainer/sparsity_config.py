@@ -8,8 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from sparse_trainer.budget import DISTRIBUTIONS
+from sparse_trainer.given_values import plain, whole
 from sparse_trainer.patterns import read_pattern
-from sparse_trainer.update_schedule import UpdateSchedule, plain, whole
+from sparse_trainer.update_schedule import UpdateSchedule
 
 GROWTH = ("gradient", "random")
 SWAPS = ("auto", "always", "if_better", "explore")

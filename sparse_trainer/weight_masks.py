@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sparse_trainer.budget import allocate
+from sparse_trainer.following import hookable
 from sparse_trainer.generators import restore_generator
 from sparse_trainer.growth_gradient import GrowthGradient
 from sparse_trainer.masks import MaskChange, count_bits, count_live, kill_dead, pack_bits, unpack_bits, zero_dead
 from sparse_trainer.optimizer_state import Optimizers, carry_over
 from sparse_trainer.patterns import SINGLE, Pattern, patterns_of, read_pattern, whole_blocks
-from sparse_trainer.prunable import hookable, matrices
+from sparse_trainer.prunable import matrices
 from sparse_trainer.report import LayerUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.weight_choice import choose, choose_globally

@@ -27,7 +27,8 @@ FLOORS = {
     "sparse_trainer": {
         "masks": 0,
         "budget": 0,
-        "update_schedule": 0,
+        "given_values": 0,
+        "update_schedule": 1,
         "falling": 0,
         "units": 0,
         "generators": 0,

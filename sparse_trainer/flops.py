@@ -12,6 +12,7 @@ activations and softmax are not counted, as usual.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -72,8 +73,12 @@ def model_macs(model: nn.Module, tokens: Tensor) -> Tensor:
     """
     scored = _scored_patches(model, tokens.unbind(1))
     layers = count(model).layers
-    fixed = sum(layer.macs for name, layer in layers.items() if not name.startswith("blocks.") and name not in scored)
+    other = scored.keys() | _pooling(model, {}, 1.0).keys()
+    fixed = sum(layer.macs for name, layer in layers.items() if not name.startswith("blocks.") and name not in other)
     total = torch.full_like(tokens[:, 0], float(fixed))
+    if getattr(model, "attn_pool", None) is not None:
+        one, two = (sum(layer.macs for layer in _pooling(model, {}, float(n)).values()) for n in (1, 2))
+        total = total + one + (two - one) * (_pooled(model, tokens[:, -1]) - 1)
     for name, patches in scored.items():
         total = total + patches * layers[name].parameters
     for index, block in enumerate(find_blocks(model).values()):
@@ -150,8 +155,7 @@ def _count_vit(model: nn.Module, shares: Mapping[str, float], tokens: Sequence[f
             repeats[name] = 1
         elif name.startswith("selector.") and parameter.ndim > 1:
             repeats[name] = scored.get(name, patches)
-    for name, size in _parts(model, entering[-1]).items():
-        layers |= _count_by_running(model.get_submodule(name), shares, size, f"{name}.")
+    layers |= _stem(model, shares) | _pooling(model, shares, _pooled(model, entering[-1]))
     layers |= {
         name: _layer(parameter, repeats[name], shares.get(name, 1.0))
         for name, parameter in model.named_parameters()
@@ -184,17 +188,39 @@ def _scored_patches(model: nn.Module, tokens: Sequence[Any]) -> dict[str, Any]:
     return scored
 
 
-def _parts(model: nn.Module, tokens: float) -> dict[str, tuple[int, ...]]:
-    """Parts outside the blocks that are more than one layer, and the size of what they take: a stem, a pooling."""
-    parts: dict[str, tuple[int, ...]] = {}
+def _stem(model: nn.Module, shares: Mapping[str, float]) -> dict[str, LayerCount]:
+    """What comes before the blocks, where it is more than one layer."""
     stem: Any = model.get_submodule("patch_embed")
     first = next((layer for layer in stem.modules() if isinstance(layer, nn.Conv2d)), None)
-    if first is not None and first is not getattr(stem, "proj", None):
-        parts["patch_embed"] = (first.in_channels, *stem.img_size)
-    if getattr(model, "attn_pool", None) is not None:
-        left_out = 0 if getattr(model, "pool_include_prefix", False) else int(getattr(model, "num_prefix_tokens", 0))
-        parts["attn_pool"] = (round(tokens) - left_out, int(model.embed_dim))  # type: ignore[arg-type]
-    return parts
+    if first is None or first is getattr(stem, "proj", None):
+        return {}
+    return _count_by_running(stem, shares, (first.in_channels, *stem.img_size), "patch_embed.")
+
+
+def _pooled(model: nn.Module, tokens: Number) -> Number:
+    """Tokens that a pooling by attention reads, of those that leave the last block."""
+    return tokens - (0 if getattr(model, "pool_include_prefix", False) else int(getattr(model, "num_prefix_tokens", 0)))
+
+
+def _pooling(model: nn.Module, shares: Mapping[str, float], tokens: float) -> dict[str, LayerCount]:
+    """A pooling by attention over so many tokens, where there is one. Its MACs are a line in their number, so a mean
+    number of tokens has the mean of the MACs."""
+    pooling = getattr(model, "attn_pool", None)
+    if pooling is None:
+        return {}
+    width: Any = model.embed_dim
+    floor = max(math.floor(tokens), 1)
+    low, high = (_count_by_running(pooling, shares, (n, int(width)), "attn_pool.") for n in (floor, floor + 1))
+    above = tokens - floor
+    return {
+        name: LayerCount(
+            layer.macs + above * (high[name].macs - layer.macs),
+            layer.live_macs + above * (high[name].live_macs - layer.live_macs),
+            layer.parameters,
+            layer.live,
+        )
+        for name, layer in low.items()
+    }
 
 
 def _layer(weight: Tensor, repeats: float, share: float) -> LayerCount:

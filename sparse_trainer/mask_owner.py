@@ -114,13 +114,10 @@ class MaskOwner:
         return Budget(self._available, self._total)
 
     def _check_places(self) -> None:
-        """Raises RuntimeError where a layer was replaced by another: its weights would be in no budget."""
+        """Raises RuntimeError where a layer was replaced or wrapped: its weights would be in no budget."""
         gone = self._standing.replaced()
         if gone is not None:
-            raise RuntimeError(
-                f"{gone} is another parameter than the scheduler was built with; replace layers before the "
-                "scheduler is built, or build a new one by resume_from=scheduler"
-            )
+            raise RuntimeError(gone)
 
     def _averages(self) -> dict[str, Tensor]:
         """The EMA's tensors by name; looked up at each use, since the EMA may be moved. A shared one has two names."""

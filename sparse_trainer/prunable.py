@@ -42,7 +42,7 @@ class Place:
 
 
 class Standing:
-    """Notices where a layer was replaced by another: by looking at every step of the way to each parameter."""
+    """Notices where a layer was replaced or wrapped: by looking at every step of the way to each parameter."""
 
     def __init__(self, model: nn.Module, places: Mapping[str, Place]) -> None:
         self._steps: dict[tuple[int, str], tuple[nn.Module, str, nn.Module, str]] = {}
@@ -56,14 +56,27 @@ class Standing:
                 module = child
 
     def replaced(self) -> str | None:
-        """A parameter that is no longer where it was; None if all are."""
+        """What is wrong with a parameter that is no longer where it was, as a sentence; None if all are."""
         for module, child_name, child, name in self._steps.values():
-            if module._modules.get(child_name) is not child:
-                return name
+            now = module._modules.get(child_name)
+            if now is not child:
+                if now is not None and any(part is child for part in now.modules()):
+                    return (
+                        f"{name} is in a layer that {type(now).__name__} wraps since the scheduler was built; wrap "
+                        "layers before, or compile them in place, by layer.compile()"
+                    )
+                return self._another(name)
         for name, place in self._places.items():
             if place.module._parameters.get(place.leaf) is not place.parameter:
-                return name
+                return self._another(name)
         return None
+
+    @staticmethod
+    def _another(name: str) -> str:
+        return (
+            f"{name} is another parameter than the scheduler was built with; replace layers before the scheduler is "
+            "built, or build a new one by resume_from=scheduler"
+        )
 
 
 def prunable_places(model: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, Place]:

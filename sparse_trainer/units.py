@@ -107,7 +107,8 @@ def find_blocks(model: nn.Module) -> dict[str, BlockUnits]:
     """
     blocks = {}
     for name, module in model.named_modules():
-        if isinstance(getattr(module, "attn", None), nn.Module) and isinstance(getattr(module, "mlp", None), nn.Module):
+        # Its own parts: a wrapper, such as torch.compile's, hands out those of the block that it holds.
+        if isinstance(module._modules.get("attn"), nn.Module) and isinstance(module._modules.get("mlp"), nn.Module):
             blocks[name] = BlockUnits(
                 name, _heads(name, module.get_submodule("attn")), _neurons(name, module.get_submodule("mlp"))
             )
@@ -125,6 +126,11 @@ _WHAT_WORKS = (
 
 
 def _unsupported(block: str, module: nn.Module, what: str) -> ValueError:
+    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        return ValueError(
+            f"{block}: {type(module).__name__} wraps {type(module._orig_mod).__name__}, so its heads or neurons "
+            "cannot be taken out; compile the block, or compile the layer in place, by layer.compile()"
+        )
     return ValueError(f"{block}: {type(module).__module__}.{type(module).__name__} {what}; {_WHAT_WORKS}")
 
 

@@ -171,6 +171,26 @@ def test_each_image_of_a_batch_is_scored_where_it_is() -> None:
     assert torch.autograd.grad((found - plain).sum(), tokens)[0].tolist() == [[24.0, 0.0], [24.0, 0.0]]
 
 
+def test_a_pooling_by_attention_reads_the_patches_that_are_left() -> None:
+    pooled = {**TINY, "depth": 2, "global_pool": "map"}
+    model: Any = create_model("vit_tiny_patch16_224", selector={"stages": [1], "keep_ratio": 0.5}, **pooled).eval()
+    model.requires_grad_(False)  # torch's counter does not take a parameter as what a module is given
+    image = torch.randn(1, 1, 16, 16)
+    expected = counted_by_torch(model, image)
+    tokens = tokens_per_block(model(image, return_selection=True)[1], 2).requires_grad_()
+    assert flops.count(model, tokens=tokens[0].tolist()).macs == expected
+    assert flops.model_macs(model, tokens).tolist() == [expected]
+    # One token less in the last block, where nothing of the selector is.
+    fewer = tokens.detach() - torch.tensor([[0.0, 1.0]])
+    difference = expected - flops.count(model, tokens=fewer[0].tolist()).macs
+    assert difference == flops.model_macs(model, tokens).item() - flops.model_macs(model, fewer).item()
+    between = flops.count(model, tokens=((tokens + fewer) / 2)[0].tolist()).layers
+    several = [flops.count(model, tokens=row[0].tolist()).layers for row in (tokens, fewer)]
+    for name in between:
+        if name.startswith("attn_pool"):
+            assert between[name].macs == pytest.approx(sum(layers[name].macs for layers in several) / 2)
+
+
 def test_gated_mlp_in_the_differentiable_form(tiny_deit: Factory) -> None:
     for layer in (timm.layers.SwiGLUPacked, timm.layers.SwiGLU):
         model = tiny_deit(name="vit_tiny_patch16_224", mlp_layer=layer)

@@ -122,18 +122,20 @@ def test_whether_a_curve_is_flat() -> None:
     assert describe_curve({**row, "top1_spread": None}).endswith("+1.00.")
 
 
-def test_names_that_crowd_at_the_edge_are_all_drawn() -> None:
+@pytest.mark.parametrize("count", [10, 31])
+def test_names_that_crowd_at_the_edge_are_all_drawn(count: int) -> None:
     figure = pytest.importorskip("matplotlib.figure").Figure()
     axes = figure.subplots()
     axes.set(xlim=(0, 100), ylim=(0, 1))
-    points = {f"entry_{i}": (50.0, 0.99 + 0.001 * i) for i in range(10)} | {"low": (50.0, 0.0)}
+    points = {f"entry_{i}": (50.0, 0.99 + 0.0001 * i) for i in range(count)} | {"low": (50.0, 0.0)}
     grid_plot._label(axes, points, near=25)
     heights = {text.get_text(): text.xy[1] for text in axes.texts}
     assert set(heights) == set(points)
     assert all(0 < height < 1 for height in heights.values())
     ordered = sorted(heights.values())
-    assert min(after - before for before, after in pairwise(ordered)) > 0.02
-    assert heights["entry_9"] == ordered[-1]
+    assert min(after - before for before, after in pairwise(ordered)) > 0.97 * grid_plot.LABEL_GAP
+    assert heights[f"entry_{count - 1}"] == ordered[-1]
+    assert len(axes.lines) == count - 1  # a name that was pushed away is tied to its point
 
 
 def test_a_run_that_needs_another() -> None:

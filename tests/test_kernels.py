@@ -568,6 +568,22 @@ def test_layers_and_weights_at_several_places() -> None:
     assert torch.equal(fast.patches.weight, model.patches.weight)
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_weights_used_in_other_products_have_the_type_of_the_model(before: bool) -> None:
+    """As in BEiT, which puts its bias together and calls ``F.linear``."""
+    torch.manual_seed(0)
+    model, images = Sharing().eval(), torch.randn(5, 3, 4, 8)
+    masks = masked(model, "first.weight", "patches.weight")
+    with torch.inference_mode():
+        expected = model(images)
+        if before:
+            fast: Any = accelerate(model.bfloat16(), masks, kernels="sparse", dtype=torch.bfloat16)
+        else:
+            fast = accelerate(model, masks, kernels="sparse").bfloat16()
+        torch.testing.assert_close(fast(images.bfloat16()).float(), expected, atol=5e-2, rtol=5e-2)
+    assert fast.first.weight.dtype == fast.patches.weight.dtype == fast.second.bias.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("size", [(3, 7, 9), (1, 3, 7, 9), (0, 3, 7, 9)])
 def test_one_image_without_a_batch(size: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, (2, 4), stride=(2, 4)), nn.GELU()).eval()

@@ -615,6 +615,18 @@ def test_a_layer_that_is_replaced_is_noticed(tiny_deit: Factory) -> None:
         run(scheduler, optimizer, steps=1)
 
 
+# Where a block is compiled alone, torch.compile looks at the gradient of what comes in.
+@pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf")
+def test_a_layer_that_is_wrapped_is_called_so(tiny_deit: Factory) -> None:
+    scheduler = SparsityScheduler(tiny_deit(), CONFIG, total_steps=STEPS)
+    optimizer = torch.optim.AdamW(scheduler.model.parameters())
+    scheduler.attach(optimizer)
+    block = scheduler.model.get_submodule("blocks.1")
+    scheduler.model.get_submodule("blocks").add_module("1", torch.compile(block, backend="eager"))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"blocks\.1\..* is in a layer that OptimizedModule wraps"):
+        run(scheduler, optimizer, steps=1)
+
+
 # Layers of all kinds
 
 

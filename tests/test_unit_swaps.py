@@ -399,6 +399,26 @@ def test_torch_compile_is_not_compiled_again(tiny_deit: Factory, tiny_batch: Bat
     assert counts[0] == counts[-1] >= 1
 
 
+# Where a block is compiled alone, torch.compile looks at the gradient of what comes in.
+@pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf")
+def test_blocks_that_were_compiled_train_as_others(tiny_deit: Factory) -> None:
+    def trained(compiled: bool) -> tuple[list[Tensor], list[Any]]:
+        torch.manual_seed(0)
+        model = tiny_deit()
+        if compiled:
+            model.blocks = nn.Sequential(*(torch.compile(block, backend="eager") for block in model.blocks))
+        config = structured(density=0.4, update_every=2, swap="always", unit_distribution="global")
+        scheduler, optimizer, ema = prepare(model, config, 8)
+        for step in range(6):
+            train_step(model, scheduler, optimizer, ema, step)
+        return list(model.parameters()), list(scheduler.live_heads.values())
+
+    torch._dynamo.reset()
+    (plain, heads), (wrapped, same) = trained(False), trained(True)
+    assert heads == same
+    assert all(torch.equal(a, b) for a, b in zip(plain, wrapped, strict=True))
+
+
 @pytest.mark.parametrize("amp", [False, True])
 def test_with_mixup_autocast_accumulation_and_drop_path(tiny_deit: Factory, amp: bool) -> None:
     from timm.data import Mixup

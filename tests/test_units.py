@@ -172,3 +172,11 @@ def test_wrong_units_raise(tiny_deit: Factory, heads: dict[str, list[int]], mess
 def test_other_layouts_are_refused_clearly(model: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_blocks(model())
+
+
+def test_a_compiled_layer_is_refused_clearly(tiny_deit: Factory) -> None:
+    model = tiny_deit()
+    block = model.get_submodule("blocks.0")
+    block.mlp = torch.compile(block.mlp, backend="eager")  # type: ignore[assignment, arg-type]
+    with pytest.raises(ValueError, match=r"blocks\.0: OptimizedModule wraps Mlp.* compile the block, or .*in place"):
+        find_blocks(model)

@@ -167,7 +167,8 @@ class _Chooser:
             kernel, speedup = self._known[key]
         if kernel not in found:
             return layer, Choice(name, "dense", density, speedup)
-        made = found[kernel]()
+        made: Any = found[kernel]()
+        made.given = linear.weight.dtype
         if isinstance(layer, nn.Conv2d):
             height, width = layer.kernel_size
             made = SparsePatches(made, (height, width))

@@ -49,10 +49,17 @@ class InferenceOnly(nn.Module):
 class InferenceLinear(InferenceOnly, nn.Linear):
     """A ``Linear`` to those who look at a model, without parameters. Its matrix is built when somebody asks for it."""
 
+    given: torch.dtype = torch.float32
+    """Type of the layer that it stands for, in which those who ask for matrix and bias expect them."""
+
     def __init__(self, in_features: int, out_features: int) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.training = False
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.given = fn(torch.empty(0, dtype=self.given)).dtype  # model.to(torch.bfloat16) holds for these too
+        return super()._apply(fn, recurse)
 
     def dense_weight(self) -> Tensor:
         """The dense matrix ``[out, in]``."""
@@ -64,11 +71,12 @@ class InferenceLinear(InferenceOnly, nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        return self.dense_weight()
+        return self.dense_weight().to(self.given)
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
-        return self.dense_bias()
+        bias = self.dense_bias()
+        return None if bias is None else bias.to(self.given)
 
 
 def as_computed(x: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from models import create_model
 from sparse_trainer import SparsityConfig, SparsityScheduler, flops
 from sparse_trainer.files.checkpoint import load_sparse_masks, read_info
 from tests.test_data import CLASSES, write_folder
-from tests.test_promises import save
+from tests.test_one_scheduler import save
 
 Factory = Callable[..., nn.Module]
 DINO = "vit_small_patch14_dinov2"

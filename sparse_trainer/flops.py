@@ -135,7 +135,12 @@ def _count_vit(model: nn.Module, shares: Mapping[str, float], tokens: Sequence[f
     patches = getattr(patch_embed, "num_patches", None)
     if not isinstance(patches, int):
         raise ValueError(f"{type(model).__name__} is not a timm VisionTransformer: give input_size=(C, H, W)")
-    blocks = find_blocks(model)
+    try:
+        blocks = find_blocks(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{type(model).__name__}: its blocks are not those that the formula knows; give input_size=(C, H, W)"
+        ) from error
     everything = patches + int(getattr(model, "num_prefix_tokens", 1))
     entering = list(tokens) if tokens is not None else [float(everything)] * len(blocks)
     if len(entering) != len(blocks):

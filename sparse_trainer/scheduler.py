@@ -244,6 +244,7 @@ class SparsityScheduler(MaskOwner):
             RuntimeError: if no optimizer is attached, or it stepped more than once since the last call.
             ValueError: if an update of heads or neurons is due and there is no closure.
             DisagreementError: on every process, if after an update they hold different masks.
+            FloatingPointError: weights are NaN or infinite, so that an update cannot rank them.
         """
         if self._following is None:
             raise RuntimeError("scheduler.step() before scheduler.attach(optimizer)")

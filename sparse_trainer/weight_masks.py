@@ -305,7 +305,28 @@ class WeightMasks:
             ema: EMA copies of the weights by name; may be empty.
             frozen: bool masks by name of elements that this update must leave alone (units that just came).
             live: the budget from now on, where it falls.
+
+        Raises:
+            FloatingPointError: weights are NaN or infinite, so that they cannot be ranked.
         """
+        try:
+            return self._update(drop_fraction, optimizer, ema, frozen, live)
+        except ValueError as error:
+            broken = [name for name, weight in self.parameters.items() if not bool(weight.isfinite().all())]
+            if not broken:
+                raise
+            raise FloatingPointError(
+                f"{broken[0]} holds NaN or infinity, so that its weights cannot be ranked: the training has diverged"
+            ) from error
+
+    def _update(
+        self,
+        drop_fraction: float,
+        optimizer: Optimizers,
+        ema: Mapping[str, Tensor],
+        frozen: Mapping[str, Tensor],
+        live: int | None,
+    ) -> dict[str, LayerUpdate]:
         budget = self.target if live is None else live
         if self._reshaped or budget != self.target:
             self.allocation, self._reshaped = self.allocate(budget), False

@@ -21,7 +21,8 @@ import torch
 from experiments.__main__ import commands, main
 from experiments.commands.conclusion import dense_accuracy, is_unchanged, references
 from experiments.commands.train_help import MATTER
-from experiments.config.reading import RECORDS, load_config, recipes
+from experiments.config.reading import load_config, recipes
+from experiments.config.records import RECORDS
 from experiments.evaluation.speed import images_per_second
 from experiments.run_folder.folder import RunFolder
 from experiments.terminal import run_command

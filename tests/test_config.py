@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from experiments.config.reading import create_parser, find_config, flatten, load_config, parse, recipes, to_yaml
+from experiments.config.records import RECORDS
 from experiments.config.run_config import RunConfig, has_bfloat16_matmul, resolve
 from experiments.errors import ConfigError
 from sparse_trainer import SparsityConfig
@@ -154,10 +156,39 @@ def test_auto_precision_is_bfloat16_only_with_instructions_for_it(monkeypatch: p
             "output.name: '../elsewhere' is not a folder name (letters, digits, '.', '_', '-') or null",
         ),
         (["--config"], "--config: needs a file or the name of a recipe"),
+        (['--sparsity={"densty": 0.5}'], "sparsity.densty: unknown key; did you mean sparsity.density?"),
+        (["--training", '{"epoch": 1}'], "training.epoch: unknown key; did you mean training.epochs?"),
+        (["--training.eval_every=.inf"], "training.eval_every: inf is not a finite number"),
+        (["--optimizer.lr=.inf"], "optimizer.lr: inf is not a finite number"),
+        (["--training.seed", "9" * 20], f"training.seed: {'9' * 20} is not a whole number from 0 to 2^63 - 1"),
+        (
+            ["--data.subset_seed", "9" * 20],
+            f"data.subset_seed is {'9' * 20}; it must be a whole number from 0 to 2^63 - 1",
+        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str) -> None:
     assert refused(*arguments) == message
+
+
+@pytest.mark.parametrize("value", ["5", "[1]", "text"])
+@pytest.mark.parametrize("section", ["selector", "training"])
+def test_a_section_on_the_line_is_a_mapping(section: str, value: str) -> None:
+    for arguments in ((f"--{section}={value}",), (f"--{section}", value)):
+        assert " is not a section with keys such as " in refused(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "hint"),
+    [(section, field.name, str(field.type)) for section, record in RECORDS.items() for field in fields(record)],
+)
+def test_a_value_is_null_only_where_it_may_be(section: str, name: str, hint: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"{section}:\n  {name}:\n")
+    if "None" in hint:
+        assert getattr(getattr(load_config(path), section), name, None) is None or section in ("sparsity", "selector")
+    else:
+        assert refused("--config", str(path)).startswith((f"{section}.{name}", f"{section}: {name}"))
 
 
 @pytest.mark.parametrize(
@@ -168,6 +199,10 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], message: str) -
         ("sparsity: {density: high}\n", "sparsity.density: 'high' is not a number or null"),
         ("schedule: 3\n", "schedule: 3 is not a section with keys such as name, warmup_epochs, warmup_lr, min_lr"),
         ("training:\n", "training: None is not a section with keys such as epochs, steps"),
+        ("data:\n  batch_size:\n", "data.batch_size: null is not a whole number; leave the key out for its default"),
+        ("training: {device: null, compile: null}\n", "training.compile: null is not true or false; leave the key out "
+         "for its default; training.device: null is not a text; leave the key out for its default"),
+        ("model:\n  kwargs:\n", "model.kwargs: null is not a mapping such as {depth: 6}"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_a_file(content: str, message: str, tmp_path: Path) -> None:

@@ -200,3 +200,5 @@ def test_gated_mlp_in_the_differentiable_form(tiny_deit: Factory) -> None:
 def test_other_modules_need_an_input_size() -> None:
     with pytest.raises(ValueError, match="give input_size"):
         flops.count(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"VisionTransformer: its blocks are not those .* give input_size"):
+        flops.count(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, scale_mlp_norm=True))

@@ -261,6 +261,15 @@ def test_it_cannot_be_pickled() -> None:
         pickle.dumps(accelerate(model, masks, kernels="sparse"))
 
 
+def test_where_all_stayed_dense_it_can_be_pickled_and_still_cannot_train() -> None:
+    fast: Any = accelerate(nn.Sequential(nn.Linear(3, 4)), {"0.weight": torch.ones(4, 3) > 0}, kernels="sparse")
+    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        with pytest.raises(RuntimeError, match="was accelerated for inference"):
+            again.train()
+        assert again.eval() is again
+        assert again.train.model is again
+
+
 def test_what_is_wrong_is_said() -> None:
     model, masks = sparse_model()
     with pytest.raises(ValueError, match="'fast' is not one of auto, dense, sparse"):
@@ -300,6 +309,10 @@ def test_compressed_rows_and_odd_convolutions() -> None:
         found = accelerating._compressed(layer)
         assert isinstance(found, CompressedRows)
         torch.testing.assert_close(found(torch.ones(2, 5, 12)), layer(torch.ones(2, 5, 12)))
+        copied = copy.deepcopy(nn.Sequential(found, found))
+        assert copied[0] is copied[1]
+        assert torch.equal(copied[0](torch.ones(3, 12)), found(torch.ones(3, 12)))
+        assert copied[0].matrix is not found.matrix
     assert accelerating._as_linear(nn.Conv2d(3, 4, 4, stride=2)) is None
     assert accelerating._as_linear(nn.Conv2d(4, 4, 4, stride=4, groups=2)) is None
     # A picture that the patches do not divide: what is left over at the edges is not read, as by the convolution.

@@ -329,6 +329,15 @@ def test_too_many_bad_steps_in_a_row_end_the_run() -> None:
         trainer.train_step()
 
 
+def test_weights_that_are_not_finite_at_an_update_end_the_run() -> None:
+    """One step is enough, where loss and gradient still were finite."""
+    often = {"density": 0.5, "updates": None, "update_every": 1}
+    trainer = make_trainer({"optimizer": {"lr": 1e38}, "schedule": {"warmup_epochs": 0}, "sparsity": often})
+    message = r"^step [12]: \S+weight holds NaN or infinity, .* has diverged; a lower optimizer\.lr may help$"
+    with pytest.raises(TrainingError, match=message):
+        [trainer.train_step() for _ in range(3)]
+
+
 @pytest.mark.parametrize("sparsity", [None, {"density": 1.0}])
 def test_a_dense_run_is_a_run_too(sparsity: dict[str, Any] | None, tmp_path: Path) -> None:
     loop = start(tmp_path / "run", {"training": {"epochs": 1}, "sparsity": sparsity})
@@ -434,6 +443,12 @@ def test_the_budget_holds_after_every_step() -> None:
         ({"optimizer": {"name": "adamm"}}, "optimizer.name: 'adamm' is no optimizer of timm; close names: adam"),
         ({"optimizer": {"name": "adafactor"}}, r"optimizer timm\.optim\.adafactor\.Adafactor: its state"),
         ({"optimizer": {"name": "sgd", "betas": [0.9, 0.9]}}, r"optimizer.betas: \(0.9, 0.9\) is given, but sgd"),
+        ({"optimizer": {"name": "sgd", "momentum": 0.0}}, r"optimizer.momentum: 0 does not go with sgd "),
+        (
+            {"model": {"name": "vit_tiny_patch16_224", "kwargs": {"depth": 2, "patch_size": 7, "scale_mlp_norm": True}},
+             "selector": {"stages": [1]}},
+            "selector: the MACs of vit_tiny_patch16_224 with fewer tokens cannot be counted, .*; set selector to null",
+        ),
         ({"optimizer": {"lr": 1e-6}}, r"schedule.min_lr: 1e-05 is above optimizer.lr \(1e-06\)"),
         ({"training": {"accumulate": 11}}, "training.accumulate: 11 is more than the 10 batches of an epoch"),
         (

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from experiments.benchmarks.setting import Setting, make_model
 from experiments.benchmarks.timing import paired, timed
-from experiments.config.reading import naming
+from experiments.config.records import naming
 from experiments.errors import ConfigError
 from sparse_trainer.kernels.library import KernelError, Library, load_library
 from sparse_trainer.kernels.packed import pack

@@ -26,7 +26,7 @@ from experiments.benchmarks.setting import (
     threshold_selector,
 )
 from experiments.benchmarks.timing import Figure, alternate, summarize
-from experiments.config.reading import naming
+from experiments.config.records import naming
 from experiments.errors import ConfigError
 from experiments.exports.onnx import require_onnx, run_onnx
 from models import tokens_per_block

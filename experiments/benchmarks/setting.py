@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.config.reading import naming
+from experiments.config.records import naming
 from experiments.config.run_config import choose_device
 from experiments.data.create_data import create_data
 from experiments.data.data_config import DataConfig

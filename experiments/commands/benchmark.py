@@ -37,8 +37,8 @@ from experiments.benchmarks.timing import (
     write_json,
 )
 from experiments.benchmarks.train import Selection, benchmark_train
+from experiments.config.explaining import explain
 from experiments.config.field_docs import field_docs
-from experiments.config.reading import explain
 from experiments.errors import ConfigError
 from experiments.terminal import create_console, run_command
 

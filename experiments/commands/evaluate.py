@@ -10,7 +10,8 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from experiments.config.reading import build, explain, explain_options
+from experiments.config.explaining import explain
+from experiments.config.reading import build, explain_options
 from experiments.config.run_config import RunConfig, choose_device, has_bfloat16_matmul
 from experiments.data.data_config import OF_THE_MODEL, TRAINING_ONLY, DataConfig
 from experiments.errors import ConfigError

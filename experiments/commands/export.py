@@ -12,7 +12,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.markup import escape
 
-from experiments.config.reading import explain
+from experiments.config.explaining import explain
 from experiments.errors import ConfigError
 from experiments.exports import dense, hub, onnx
 from experiments.exports.source import Source, name_of, open_source

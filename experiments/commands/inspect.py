@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.console import Console
 
-from experiments.config.reading import explain
+from experiments.config.explaining import explain
 from experiments.errors import ConfigError
 from experiments.inspection import compare, contents, run, tables
 from experiments.inspection.pictures import MOST_IMAGES, draw_images

@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from rich.markup import escape
 
-from experiments.config.reading import explain
+from experiments.config.explaining import explain
 from experiments.config.run_config import choose_device, has_bfloat16_matmul
 from experiments.errors import ConfigError
 from experiments.evaluation.precision import precision_context

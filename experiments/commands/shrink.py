@@ -16,7 +16,8 @@ from rich.console import Console
 from experiments.benchmarks.report import Report, ReportOptions, measure_report
 from experiments.benchmarks.setting import Setting
 from experiments.commands import train
-from experiments.config.reading import create_parser, find_config, naming, parse, to_yaml
+from experiments.config.reading import create_parser, find_config, parse, to_yaml
+from experiments.config.records import naming
 from experiments.config.run_config import RunConfig, resolve
 from experiments.data.create_data import create_data
 from experiments.errors import ConfigError

@@ -18,7 +18,8 @@ from rich.console import Console
 from experiments.commands.conclusion import conclude
 from experiments.commands.train_help import HELP, help_text, topic_of
 from experiments.commands.train_request import Request, origin_of
-from experiments.config.reading import load_config, naming, to_yaml
+from experiments.config.reading import load_config, to_yaml
+from experiments.config.records import naming
 from experiments.config.run_config import RunConfig
 from experiments.data.create_data import Data, create_data
 from experiments.errors import ConfigError

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from experiments.commands.train_request import add_arguments
 from experiments.config.field_docs import field_docs
-from experiments.config.reading import RECORDS, create_parser, recipes
+from experiments.config.reading import create_parser, recipes
+from experiments.config.records import RECORDS
 from experiments.errors import ConfigError
 
 MATTER = (

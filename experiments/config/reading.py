@@ -9,94 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
-import types
-import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from experiments.config import yaml_text
+from experiments.config.explaining import explain
 from experiments.config.field_docs import field_docs
-from experiments.config.run_config import (
-    LossConfig,
-    ModelConfig,
-    OptimizerConfig,
-    OutputConfig,
-    RunConfig,
-    ScheduleConfig,
-    TrainingConfig,
-)
-from experiments.data.data_config import DataConfig
+from experiments.config.records import RECORDS, check_section, check_values, naming
+from experiments.config.run_config import OutputConfig, RunConfig
 from experiments.errors import ConfigError
-from models.selector_config import SelectorConfig
-from sparse_trainer.sparsity_config import SparsityConfig
 
 DEFAULT_RECIPE = "quickstart"
-
-
-@contextmanager
-def naming(section: str) -> Iterator[None]:
-    """Turn the ValueError of a part into a :class:`ConfigError` of one line that names the section."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(_with_section(section, str(error))) from error
-
-
-def _with_section(section: str, message: str) -> str:
-    """Put ``section.`` before every key that a record's problems begin with."""
-    names = _leaves(RECORDS[section]) if section in RECORDS else {}
-    problems = []
-    for line in message.split("\n"):
-        if not line.strip():
-            continue
-        if names:
-            pattern = rf"(^|; )(?=(?:{'|'.join(map(re.escape, names))})\b)"
-            line = re.sub(pattern, rf"\g<1>{section}.", line)
-        problems.append(line.strip())
-    text = "; ".join(problems)
-    return text if re.match(rf"{section}\b", text) else f"{section}: {text}"
-
-
-RECORDS: dict[str, type] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "sparsity": SparsityConfig,
-    "selector": SelectorConfig,
-    "losses": LossConfig,
-    "optimizer": OptimizerConfig,
-    "schedule": ScheduleConfig,
-    "training": TrainingConfig,
-    "output": OutputConfig,
-}
-
-
-def _record_type(hint: Any) -> type | None:
-    """The dataclass in a type hint such as ``SparsityConfig | None``."""
-    candidates = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((c for c in candidates if dataclasses.is_dataclass(c) and isinstance(c, type)), None)
-
-
-def _leaves(record: type, prefix: str = "") -> dict[str, Any]:
-    """Type hints of all values by dotted key."""
-    leaves: dict[str, Any] = {}
-    hints = typing.get_type_hints(record)
-    for item in dataclasses.fields(record):
-        hint = hints[item.name]
-        inner = _record_type(hint)
-        if inner is None:
-            leaves[prefix + item.name] = hint
-        else:
-            leaves.update(_leaves(inner, f"{prefix}{item.name}."))
-    return leaves
 
 
 def recipes() -> dict[str, Path]:
@@ -235,7 +163,7 @@ def parse(parser: ArgumentParser, arguments: Sequence[str], *, base: Path | None
         files = [base or recipes()[DEFAULT_RECIPE]]
         expanded = [f"--config={files[0]}", *expanded]
     contents = [_read_yaml(path) for path in files]
-    _check_inline(expanded)
+    contents += _read_inline(expanded)
     try:
         parsed = parser.parse_args(expanded)
     except (ArgumentError, ValueError, TypeError) as error:
@@ -270,6 +198,7 @@ def build(values: Mapping[str, Any]) -> RunConfig:
             continue
         known = {item.name for item in dataclasses.fields(record)}
         try:
+            check_values(section, given)
             with naming(section):
                 sections[section] = record(**{key: value for key, value in given.items() if key in known})
         except ConfigError as error:
@@ -322,111 +251,32 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         )
     if not isinstance(content, dict):
         raise ConfigError(f"--config: {path} holds {type(content).__name__}, not sections such as model and training")
-    for section, record in RECORDS.items():
-        value = content.get(section, {})
-        if not isinstance(value, dict) and not (value is None and section in ("sparsity", "selector")):
-            keys = ", ".join(item.name for item in dataclasses.fields(record))
-            raise ConfigError(f"{section}: {value!r} is not a section with keys such as {keys}")
+    for section in RECORDS:
+        check_section(section, content.get(section, {}))
     return content
 
 
-def _check_inline(arguments: Sequence[str]) -> None:
-    """Refuse a key that stands twice in a mapping on the line, as in ``--model.kwargs={depth: 6, depth: 8}``."""
+def _read_inline(arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Sections that stand on the line as mappings, as in ``--data={batch_size: 16}``.
+
+    Raises:
+        ConfigError: a key stands twice in such a mapping, there or in ``--model.kwargs={depth: 6, depth: 8}``; or a
+            section is no mapping.
+    """
+    found = []
     for before, argument in zip(["", *arguments], arguments, strict=False):
         option, _, value = argument.partition("=") if argument.startswith("--") else (before, "", argument)
-        if value.strip().startswith("{"):
-            try:
-                yaml_text.load(value)
-            except yaml.YAMLError:  # the parser says what is wrong
-                continue
-            except ValueError as error:
-                raise ConfigError(f"{option.removeprefix('--')}: {error}") from error
-
-
-def explain(
-    error: str,
-    parser: ArgumentParser,
-    arguments: Iterable[str],
-    contents: Iterable[Mapping[str, Any]] = (),
-    sections: Sequence[str] = ("recipe", *RECORDS),
-) -> str:
-    """One line for what a parser refused in a command line or in the contents of files.
-
-    Unknown keys are found here and not in the parser's text, since it does not say what is close to them.
-
-    Args:
-        sections: those parts of :class:`RunConfig` that the parser knows.
-    """
-    leaves = {key: hint for key, hint in _leaves(RunConfig).items() if key.split(".")[0] in sections}
-    extra = {action.dest for action in parser._actions}
-    given = [a[2:].split("=", 1)[0] for a in arguments if a.startswith("--")]
-    for content in contents:
-        given.extend(_keys(content))
-    unknown = [key for key in given if not _is_known(key, leaves, extra)]
-    if unknown:
-        ours = sorted(dest.replace("_", "-") for dest in extra if re.fullmatch(r"(?!help|print)\w+", dest))
-        options = [dest for dest in ours if dest not in sections]
-        return "; ".join(_unknown_key(key, leaves, options) for key in dict.fromkeys(unknown))
-    choice = re.search(r"argument --([\w.-]+): invalid choice: '?(.*?)'? \(choose from (.*)\)", error)
-    if choice is not None:
-        key = choice.group(1) if choice.group(1) in leaves else f"--{choice.group(1)}"
-        return f"{key}: {choice.group(2)!r} is not one of {choice.group(3).replace(chr(39), '')}"
-    keys = list(re.finditer(r'[Kk]ey "([^"]+)"', error))
-    key = ".".join(match.group(1) for match in keys)
-    value = re.search(r"(?:Given|Got) value: (.*)", error[keys[-1].end() :]) if keys else None
-    if key in leaves and value is not None:
-        return f"{key}: {value.group(1).strip()!r} is not {_in_words(leaves[key])}"
-    if value is not None and (simple := re.search(r"Expected a <class '(int|float|bool|str)'>", error)):
-        kind = {"int": int, "float": float, "bool": bool, "str": str}[simple.group(1)]
-        return f"--{key.replace('_', '-')}: {value.group(1).strip()!r} is not {_in_words(kind)}"
-    return " ".join(error.split())
-
-
-def _keys(content: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, value in content.items():
-        key = f"{prefix}{name}"
-        if isinstance(value, Mapping) and value:
-            yield from _keys(value, f"{key}.")
-        else:
-            yield key
-
-
-def _is_known(key: str, leaves: Mapping[str, Any], extra: set[str]) -> bool:
-    if key in leaves or key.replace("-", "_") in extra:
-        return True
-    return any(key.startswith(f"{leaf}.") and typing.get_origin(hint) is dict for leaf, hint in leaves.items())
-
-
-def _unknown_key(key: str, leaves: Mapping[str, Any], options: Sequence[str]) -> str:
-    section, _, last = key.rpartition(".")
-    if section in RECORDS:
-        there = [leaf for leaf in leaves if leaf.startswith(f"{section}.")]
-        close = difflib.get_close_matches(key, there, n=1, cutoff=0.8)
-    else:
-        there = list(dict.fromkeys([*(leaf.split(".")[0] for leaf in leaves), *options]))
-        close = difflib.get_close_matches(section or key, there, n=1)
-    if not close:  # the right name in the wrong section, or without one
-        names = {leaf.rsplit(".", 1)[-1]: leaf for leaf in reversed(list(leaves))}
-        close = [names[name] for name in difflib.get_close_matches(last, names, n=1, cutoff=0.8)]
-    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(there)}"
-    return f"{key}: unknown key; {hint}"
-
-
-def _in_words(hint: Any) -> str:
-    """A type hint as a user would say it."""
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_in_words(inner) for inner in typing.get_args(hint))
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, inner)) if len(inner) > 1 else str(inner[0])
-    if origin is tuple:
-        return f"a list such as [{'a, b' if str in inner else '0.5, 0.5'}]"
-    words = {
-        int: "a whole number",
-        float: "a number",
-        bool: "true or false",
-        str: "a text",
-        dict: "a mapping such as {depth: 6}",
-        types.NoneType: "null",
-    }
-    return words.get(origin or hint, str(hint))
+        key = option.removeprefix("--")
+        whole = key in RECORDS and option != argument
+        if not whole and not value.strip().startswith("{"):
+            continue
+        try:
+            content = yaml_text.load(value)
+        except yaml.YAMLError:  # the parser says what is wrong
+            continue
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from error
+        if whole:
+            check_section(key, content)
+            found.append({key: content})
+    return found

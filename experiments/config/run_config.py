@@ -230,7 +230,7 @@ class TrainingConfig:
         check("amp", f"one of {', '.join(precisions)}", lambda v: v in precisions)
         check("clip_grad", "a positive number or null", lambda v: v is None or v > 0)
         check("ema_decay", "in (0, 1) or null", lambda v: v is None or 0 < v < 1)
-        check("seed", "0 or more", lambda v: v >= 0)
+        check("seed", "a whole number from 0 to 2^63 - 1", lambda v: 0 <= v < 2**63)
         check("eval_every", "a positive number of epochs", lambda v: v > 0)
         check("checkpoint_every", "a positive number of epochs or null", lambda v: v is None or v > 0)
         check.done()

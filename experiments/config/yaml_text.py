@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The stricter one where it is there; the parser of the command line takes it too."""
+
 
 def load(text: str) -> Any:
     """The values of a YAML text.
@@ -15,7 +18,7 @@ def load(text: str) -> Any:
         ValueError: a key stands twice, or a value holds itself; it names the key, and the lines.
         yaml.YAMLError: it is no YAML.
     """
-    value = yaml.safe_load(text)
+    value = yaml.load(text, Loader=LOADER)
     twice = next(duplicates(text), None)
     if twice is not None:
         key, first, second = twice

@@ -161,8 +161,9 @@ class DataConfig:
         for key in ("image_size", "num_classes", "train_subset", "eval_subset"):
             value = getattr(self, key)
             check(key, value is None or value >= 1, "1 or more, or null")
-        for key in ("workers", "crop_padding", "subset_seed"):
+        for key in ("workers", "crop_padding"):
             check(key, getattr(self, key) >= 0, "0 or more")
+        check("subset_seed", 0 <= self.subset_seed < 2**63, "a whole number from 0 to 2^63 - 1")
         for key in ("horizontal_flip", "random_erasing", "mixup_prob", "mixup_switch_prob"):
             check(key, 0 <= getattr(self, key) <= 1, "a probability, 0 to 1")
         for key in ("mixup", "cutmix", "color_jitter"):

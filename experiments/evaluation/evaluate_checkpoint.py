@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from experiments.config.reading import load_config, naming, recipes
+from experiments.config.reading import load_config, recipes
+from experiments.config.records import naming
 from experiments.data.create_data import EvalData, create_eval_data
 from experiments.data.data_config import DataConfig
 from experiments.errors import ConfigError

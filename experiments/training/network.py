@@ -12,7 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from experiments.config.reading import naming
+from experiments.config.records import naming
 from experiments.config.run_config import OptimizerConfig, RunConfig, ScheduleConfig
 from experiments.data.create_data import Data
 from experiments.errors import ConfigError
@@ -20,6 +20,7 @@ from experiments.training.plan import Plan
 from experiments.training.pretrained import load_start
 from models import create_model, resolve
 from models.threshold_selector import ThresholdSelector
+from sparse_trainer import flops
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 """Optimizers of torch that step through all weights in one kernel, several times faster. On a CPU its other kernels
@@ -75,6 +76,14 @@ def create_network(config: RunConfig, data: Data, *, resuming: bool = False) -> 
             raise
         except Exception as error:  # of timm, of a download, of whatever an argument reaches
             raise ValueError(f"{name} cannot be made with {arguments}: {error or type(error).__name__}") from error
+    if config.selector is not None:
+        try:
+            flops.count(model)
+        except ValueError as error:
+            raise ConfigError(
+                f"selector: the MACs of {name} with fewer tokens cannot be counted, since its blocks are not those of "
+                "timm's VisionTransformer as known here; set selector to null, or take another model"
+            ) from error
     notes = []
     if config.model.start is not None and not resuming:
         notes = load_start(model, config.model.start, data)
@@ -104,6 +113,11 @@ def create_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.O
         if type(optimizer) in FUSED:
             optimizer = create_optimizer_v2(model, opt=config.name, fused=True, **given)
     except Exception as error:  # whatever the optimizer's own check raises
+        if config.momentum == 0 and "momentum" in str(error):
+            raise ConfigError(
+                f"optimizer.momentum: 0 does not go with {config.name} ({error}); take momentum, which is SGD without "
+                "Nesterov's step, or a momentum above 0"
+            ) from error
         raise ConfigError(f"optimizer: {config.name} cannot be made: {error or type(error).__name__}") from error
     for key, value in extra.items():  # timm drops what an optimizer does not know
         if key not in optimizer.defaults:

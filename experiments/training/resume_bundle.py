@@ -8,12 +8,14 @@ training. So everything is compared with the state that the new run begins with,
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from experiments.config.reading import flatten
@@ -28,8 +30,6 @@ from sparse_trainer.files.tensor_file import fault, quote
 
 NAMED = 3
 """Differences that an error lists."""
-ELEMENTWISE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
-"""State of torch's fused optimizers with an element for each weight."""
 FIXED = ("betas", "eps", "momentum")
 """Settings of an optimizer that its configuration fixes for the whole run."""
 VARIES = ("config", "optimizer", "order", "random", "running", "tokens", "unreadable")
@@ -196,36 +196,61 @@ def _trainer_problems(
 
 
 def _optimizer_problems(found: Any, own: Mapping[str, Any], trainer: Trainer, most_steps: int) -> Iterator[str]:
-    """The moments that fused kernels go over, element by element, are of their parameter's shape."""
-    problems = list(differences(found, {**own, "state": {}}, "optimizer"))
+    """Settings are those of the run, and moments built as this optimizer's: fused kernels go over them by element."""
+    stepped = _after_a_step(trainer.optimizer)
+    # Some keep a count of their steps beside the settings, from the first step on.
+    every = zip(stepped["param_groups"], own["param_groups"], strict=True)
+    counts = [later.keys() - group.keys() for later, group in every]
+    groups: Any = found.get("param_groups") if isinstance(found, Mapping) else None
+    problems = []
+    if not isinstance(groups, list) or len(groups) != len(counts) or not all(isinstance(g, Mapping) for g in groups):
+        problems = [f"optimizer: expected {len(counts)} groups of settings, found {quote(groups)}"]
+    else:
+        settings = [{k: v for k, v in group.items() if k not in new} for group, new in zip(groups, counts, strict=True)]
+        problems += differences({**found, "param_groups": settings}, {**own, "state": {}}, "optimizer")
     yield from problems
     if problems:
         return
-    for group, own_group in zip(found["param_groups"], own["param_groups"], strict=False):
+    for number, (group, own_group, new) in enumerate(zip(groups, own["param_groups"], counts, strict=True)):
         for name in {*FIXED} & own_group.keys():
             if group[name] != own_group[name]:
                 yield f"optimizer: expected {name} {own_group[name]}, found {quote(group[name])}"
         if not all(0 <= float(group[name]) < math.inf for name in ("lr", "weight_decay") if name in own_group):
             yield f"optimizer: found lr {quote(group['lr'])} and weight decay {quote(group.get('weight_decay'))}"
-    groups = trainer.optimizer.param_groups
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    owners = [number for number, group in enumerate(groups) for _ in group["params"]]
-    names: dict[int, set[str]] = {}
+        for name in new & group.keys():
+            yield from _count_problems(group[name], most_steps, f"optimizer.param_groups.{number}.{name}")
+    parameters = sum(len(group["params"]) for group in own["param_groups"])
     for index, moments in found["state"].items():
         place = f"optimizer.state.{index}"
-        if not _is_count(index, len(parameters) - 1) or not isinstance(moments, Mapping):
-            yield f"{place}: expected moments of one of {len(parameters)} parameters, found {_describe(moments)}"
+        if not _is_count(index, parameters - 1) or not isinstance(moments, Mapping):
+            yield f"{place}: expected moments of one of {parameters} parameters, found {_describe(moments)}"
             continue
-        usual = names.setdefault(owners[index], set(moments))
-        if usual != set(moments):
+        usual = stepped["state"].get(index, {})
+        if usual.keys() != moments.keys():
             yield f"{place}: expected {quote(sorted(usual))}, found {quote(list(moments))}"
-        step = moments.get("step", 0)
-        if isinstance(step, Tensor) and step.numel() == 1:
-            step = step.item()
-        if not _is_number(step) or not 0 <= step <= most_steps:
-            yield f"{place}.step: expected at most {most_steps:,}, found {_describe(step)}"
-        shaped = {name: value for name, value in moments.items() if name in ELEMENTWISE and value is not None}
-        yield from _tensor_problems(shaped, dict.fromkeys(shaped, parameters[index]), place)
+            continue
+        yield from differences(moments, usual, place)
+        if "step" in moments:
+            yield from _count_problems(moments["step"], most_steps, f"{place}.step")
+
+
+def _count_problems(step: Any, most: int, place: str) -> Iterator[str]:
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
+    if not _is_number(step) or not 0 <= step <= most:
+        yield f"{place}: expected at most {most:,}, found {_describe(step)}"
+
+
+def _after_a_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer's state looks like once it has stepped: a copy takes a step, with gradients of 0."""
+    copied = copy.deepcopy(optimizer)
+    devices = {parameter.device for group in copied.param_groups for parameter in group["params"]}
+    with torch.random.fork_rng(devices=[device for device in devices if device.type == "cuda"]), torch.no_grad():
+        for group in copied.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        copied.step()
+    return copied.state_dict()
 
 
 def _tensor_problems(found: Any, parameters: Mapping[str, nn.Parameter], place: str) -> Iterator[str]:

@@ -12,7 +12,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from experiments.config.reading import flatten, naming
+from experiments.config.reading import flatten
+from experiments.config.records import naming
 from experiments.config.run_config import RunConfig
 from experiments.data.create_data import Data
 from experiments.evaluation.measuring import TokenUse, count_used, known_tokens

@@ -18,7 +18,6 @@ from experiments.training.verdict import agree
 from sparse_trainer.agreement import DisagreementError
 from sparse_trainer.report import MaskUpdate
 
-
 class Trainer(RunState):
     """Moves a run on, one optimizer step at a time; what it is made of is in :class:`RunState`."""
 
@@ -164,4 +163,6 @@ class Trainer(RunState):
                 update = self.sparsity.step(closure)
             except DisagreementError as error:
                 raise TrainingError(f"{error}; go on from the last checkpoint") from error
+            except FloatingPointError as error:
+                raise TrainingError(f"step {self.tried + 1}: {error}; a lower optimizer.lr may help") from error
         return update, tuple(str(warning.message) for warning in caught)

@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any
 
 import torch
@@ -121,7 +120,7 @@ def accelerate(
     if library is not None and next(iter(parameters.values())).device.type == "cpu":
         choices += chooser.choose_attention(library, result)
     result.kernel_choices = tuple(choices)
-    result.train = MethodType(_train, result)
+    result.train = _StaysInEval(result)
     return result
 
 
@@ -134,10 +133,16 @@ def describe_choices(model: nn.Module) -> str:
     return ", ".join(f"{kernel}: {count} layers" for kernel, count in sorted(counts.items())) or "dense"
 
 
-def _train(model: nn.Module, mode: bool = True) -> nn.Module:
-    if mode:
-        raise RuntimeError(FOR_INFERENCE)
-    return nn.Module.train(model, False)
+class _StaysInEval:
+    """``train()`` of an accelerated model; copied and saved along with it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        if mode:
+            raise RuntimeError(FOR_INFERENCE)
+        return nn.Module.train(self.model, False)
 
 
 class _Chooser:

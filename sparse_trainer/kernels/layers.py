@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -167,6 +168,12 @@ class CompressedRows(InferenceLinear):
         super().__init__(weight.shape[1], weight.shape[0])
         self.matrix = weight.detach().float().to_sparse_csr()
         self.added = None if bias is None else bias.detach().float()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedRows:
+        memo[id(self.matrix)] = self.matrix.clone()  # torch's deepcopy knows no matrix of compressed rows
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def dense_weight(self) -> Tensor:
         return self.matrix.to_dense()

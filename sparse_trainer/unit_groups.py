@@ -68,7 +68,7 @@ class UnitGroups:
                 for group, _ in wanted
             ]
             return
-        by_score = config.start == "score"
+        by_score = config.start == "score" and bool(wanted)  # with all units live there is nothing to compare
         if by_score:
             if closure is None:
                 raise ValueError(

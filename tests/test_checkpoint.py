@@ -88,6 +88,16 @@ def doctor(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Non
     tensor_file.write_tensors(path, tensors, metadata, format="sparse-trainer", version=version)
 
 
+def test_a_compiled_model_is_written_as_the_model(saved: Any, tmp_path: Path) -> None:
+    path, model, masks = saved
+    save_sparse(tmp_path / "x", torch.compile(model, backend="eager"), masks=masks, info=make_info(masks))
+    assert (tmp_path / "x").read_bytes() == path.read_bytes()
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    with pytest.raises(ValueError, match=r"blocks\.0\._orig_mod\..*: torch\.compile wraps this layer"):
+        save_sparse(tmp_path / "y", model, masks=masks, info=make_info(masks))
+    assert not (tmp_path / "y").exists()
+
+
 def test_same_logits_and_tensors_bit_for_bit(saved: Any) -> None:
     path, model, masks = saved
     before = torch.get_rng_state()

@@ -159,6 +159,9 @@ def test_auto_precision_is_bfloat16_only_with_instructions_for_it(monkeypatch: p
         (['--sparsity={"densty": 0.5}'], "sparsity.densty: unknown key; did you mean sparsity.density?"),
         (["--training", '{"epoch": 1}'], "training.epoch: unknown key; did you mean training.epochs?"),
         (["--training.eval_every=.inf"], "training.eval_every: inf is not a finite number"),
+        (["--model.kwargs={mlp_ratio: .nan}"], "model.kwargs.mlp_ratio: nan is not a finite number"),
+        (["--optimizer.betas=[0.9, .inf]"], "optimizer.betas.1: inf is not a finite number"),
+        (["--data.image_size", "99999999999"], "data.image_size is 99999999999; it must be 65,536 at most"),
         (["--optimizer.lr=.inf"], "optimizer.lr: inf is not a finite number"),
         (["--training.seed", "9" * 20], f"training.seed: {'9' * 20} is not a whole number from 0 to 2^63 - 1"),
         (

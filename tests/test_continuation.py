@@ -52,12 +52,13 @@ def files(folder: RunFolder) -> dict[str, bytes]:
     "options",
     [
         ("--sparsity=null",),
+        ("--sparsity=null", "--optimizer.name=lamb"),
         ("--sparsity=null", "--training.ema_decay=0.9", "--data.mixup=0.4", "--model.drop_path=0.2"),
         # Its updates are over before the first run ends, or come in both at the same steps.
         ("--sparsity.update_every=2", "--sparsity.stop_at=0.2", "--sparsity.drop_fraction_end=0.3"),
         ("--sparsity.update_every=20", "--sparsity.head_density=0.67", "--sparsity.neuron_density=0.5"),
     ],
-    ids=["dense", "average", "weights", "units"],
+    ids=["dense", "steps beside the settings", "average", "weights", "units"],
 )
 @pytest.mark.filterwarnings("ignore:no update fits")
 def test_where_no_schedule_depends_on_the_length_it_is_the_long_run(options: tuple[str, ...], tmp_path: Path) -> None:

@@ -160,6 +160,16 @@ def test_the_onnx_check_sees_a_difference(
     assert line == f"VisionTransformer cannot be written as ONNX by torch {torch.__version__}: division by zero"
     assert list(tmp_path.iterdir()) == [checkpoint]
 
+    def fail(*_: Any, **__: Any) -> None:
+        try:
+            raise ValueError("\x1b[96mno such\x1b[0m operator\nand more")
+        except ValueError as error:
+            raise RuntimeError("Failed to decompose. This is step 2/3") from error
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    line = refused(capsys, checkpoint, "--format=onnx", "--output", tmp_path / "out.onnx")
+    assert line.endswith(f"by torch {torch.__version__}: no such operator")
+
 
 @pytest.mark.parametrize("format", ["dense", "csr", "sparse"])
 def test_what_was_written_is_compared(

@@ -197,6 +197,40 @@ def test_gated_mlp_in_the_differentiable_form(tiny_deit: Factory) -> None:
         assert flops.model_macs(model, torch.full((1, 2), 17.0)).item() == flops.count(model).macs
 
 
+def test_a_layer_at_two_places_is_left_as_it_is() -> None:
+    """torch's own functional call leaves it without its weights."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+            self.b = nn.Sequential(self.a, nn.BatchNorm1d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x))
+            return y
+
+    model = Twice()
+    before = {name: (id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()}
+    assert flops.count(model, input_size=(4,)).macs == 2 * 16
+    after = model.state_dict(keep_vars=True)
+    assert all(id(after[name]) == place and torch.equal(after[name], value) for name, (place, value) in before.items())
+    with pytest.raises(RuntimeError, match=r"5\]? X \[?4|1x5"):
+        flops.count(model, input_size=(5,))
+    assert not model.a.weight.is_meta
+    assert model.training
+
+
+def test_a_compiled_model_is_counted_as_the_model(tiny_deit: Factory) -> None:
+    model = torch.compile(tiny_deit(), backend="eager")
+    scheduler = SparsityScheduler(model, SparsityConfig(density=0.1), total_steps=10)  # type: ignore[arg-type]
+    found = flops.count(model, scheduler.masks)  # type: ignore[arg-type]
+    assert found == flops.count(scheduler.model, scheduler.masks)
+    assert found.live_macs < found.macs
+    with pytest.raises(ValueError, match=r"masks: x\.weight is no parameter of VisionTransformer"):
+        flops.count(scheduler.model, {"x.weight": torch.ones(1)})
+
+
 def test_other_modules_need_an_input_size() -> None:
     with pytest.raises(ValueError, match="give input_size"):
         flops.count(nn.Linear(2, 2))

@@ -102,9 +102,16 @@ def test_loaded_tensors_share_no_memory(tmp_path: Path) -> None:
     assert loaded["b"].tolist() == [0, 0, 0, 0]
 
 
+def test_types_of_tensors(tmp_path: Path) -> None:
+    """As among the settings of timm's Adafactor."""
+    state = {"momentum_dtype": torch.bfloat16, "b": [torch.float32, torch.bool]}
+    save_resume(tmp_path / "last.ckpt", state)
+    assert load_resume(tmp_path / "last.ckpt") == state
+
+
 def test_what_cannot_be_stored_is_named(tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    with pytest.raises(ValueError, match=r"state.a.1: a numpy.ndarray cannot be stored; use tensors"):
+    with pytest.raises(ValueError, match=r"state.a.1: a numpy.ndarray cannot be stored; use tensors, types"):
         save_resume(path, {"a": [0, np.zeros(3)]})
     cycle: list[Any] = []
     cycle.append(cycle)
@@ -140,6 +147,8 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
         b'{"dict": [["a", {"tensor": "none"}]]}',
         b'{"dict": [["a", {"tensor": []}]]}',
         b'{"dict": [["a", {"float": "x"}]]}',
+        b'{"dict": [["a", {"dtype": "x"}]]}',
+        b'{"dict": [["a", {"dtype": ["float32"]}]]}',
         b'{"dict": [], "tuple": []}',
         b'{"code": 1}',
         b'{"dict": [["a", ' + b'{"tuple": [' * 5000 + b"]}" * 5000 + b"]]}",

@@ -449,6 +449,8 @@ def test_the_budget_holds_after_every_step() -> None:
              "selector": {"stages": [1]}},
             "selector: the MACs of vit_tiny_patch16_224 with fewer tokens cannot be counted, .*; set selector to null",
         ),
+        ({"optimizer": {"name": "adahessian"}, "sparsity": None}, "optimizer.name: adahessian needs second"),
+        ({"schedule": {"warmup_epochs": 1e308}}, r"schedule.warmup_epochs: 1e\+308 \(10{18} steps\) does not"),
         ({"optimizer": {"lr": 1e-6}}, r"schedule.min_lr: 1e-05 is above optimizer.lr \(1e-06\)"),
         ({"training": {"accumulate": 11}}, "training.accumulate: 11 is more than the 10 batches of an epoch"),
         (
@@ -475,6 +477,8 @@ def test_the_plan_in_steps() -> None:
     assert [plan.locate(step) for step in (0, 5, 6, 13)] == [(0, 0), (0, 15), (1, 0), (2, 3)]
     assert [step for step in range(1, 25) if plan.saves(step)] == [12, 24]
     assert create_plan(configure({"training": {"steps": 7}}), 10).total_steps == 7
+    never = create_plan(configure({"training": {"eval_every": 1e308, "checkpoint_every": 1e308}}), 10)
+    assert [step for step in range(1, 21) if never.evaluates(step) or never.saves(step)] == [20]
 
 
 @pytest.mark.parametrize(

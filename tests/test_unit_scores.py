@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import create_model
-from sparse_trainer import SparsityScheduler
+from sparse_trainer import SparsityConfig, SparsityScheduler
 from sparse_trainer.unit_scores import gate_scores, probing
 from sparse_trainer.units import UnitGroup, find_blocks
 from tests.conftest import TINY, VITS
@@ -196,6 +197,18 @@ def test_gate_scores_equal_their_definition(tiny_deit: Factory, tiny_batch: Batc
     slope = (loss_with_gate(step) - loss_with_gate(-step)) / (2 * step)
     torch.testing.assert_close(scores[0].size[2].double(), slope.abs().mean(), rtol=1e-3, atol=1e-8)
     torch.testing.assert_close(scores[0].gain[2].double(), -slope.mean(), rtol=1e-3, atol=1e-8)
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "by_score", "global"])
+def test_where_rounding_leaves_all_units_live_nothing_is_scored(tiny_deit: Factory, distribution: str) -> None:
+    config = SparsityConfig(
+        density=None, head_density=0.9, neuron_density=0.999, start="score", unit_distribution=distribution, updates=2
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scheduler = SparsityScheduler(tiny_deit(), config, total_steps=10, closure=lambda: torch.zeros(()))
+    assert scheduler.budget.live == scheduler.budget.total
+    assert not scheduler.needs_closure
 
 
 def test_the_probe_leaves_no_trace(tiny_deit: Factory, tiny_batch: Batch) -> None:

@@ -122,10 +122,22 @@ def check_values(section: str, given: Mapping[str, Any]) -> None:
         value, hint = given[name], hints[name]
         if value is None and types.NoneType not in typing.get_args(hint):
             problems.append(f"{section}.{name}: null is not {in_words(hint)}; leave the key out for its default")
-        elif isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"{section}.{name}: {value!r} is not a finite number")
+        odd = _not_finite(value, f"{section}.{name}")
+        problems += [f"{key}: {number!r} is not a finite number" for key, number in odd]
     if problems:
         raise ConfigError("; ".join(sorted(problems)))
+
+
+def _not_finite(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """NaN and infinity, wherever they stand in a value, with their keys."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield key, value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield from _not_finite(inner, f"{key}.{name}")
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            yield from _not_finite(inner, f"{key}.{number}")
 
 
 def check_section(section: str, value: Any) -> None:

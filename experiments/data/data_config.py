@@ -14,7 +14,8 @@ EMBEDDED = "fashion-mnist-10k"
 FOLDER_NAMES = ("", "folder")
 LIBRARY_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
 STREAMED_PREFIXES = ("hfids", "tfds", "wds")
-
+MOST_PIXELS = 1 << 16
+"""Of an image's side; a size with more is a slip of the finger."""
 
 TRAINING_ONLY = (
     "train_split", "train_subset", "batch_size", "crop_padding", "crop_scale", "horizontal_flip", "color_jitter",
@@ -161,6 +162,7 @@ class DataConfig:
         for key in ("image_size", "num_classes", "train_subset", "eval_subset"):
             value = getattr(self, key)
             check(key, value is None or value >= 1, "1 or more, or null")
+        check("image_size", self.image_size is None or self.image_size <= MOST_PIXELS, f"{MOST_PIXELS:,} at most")
         for key in ("workers", "crop_padding"):
             check(key, getattr(self, key) >= 0, "0 or more")
         check("subset_seed", 0 <= self.subset_seed < 2**63, "a whole number from 0 to 2^63 - 1")

@@ -18,6 +18,7 @@ import io
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -82,12 +83,19 @@ def build_onnx(model: nn.Module, input_size: tuple[int, int, int]) -> ModelProto
         assert program is not None
         proto: ModelProto = program.model_proto
     except Exception as error:  # of many kinds, with pages of text
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{type(model).__name__} cannot be written as ONNX by torch {torch.__version__}: {reason[:300]}"
+            f"{type(model).__name__} cannot be written as ONNX by torch {torch.__version__}: {_reason(error)}"
         ) from error
     _strip(proto)
     return proto
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an exporter stumbled over, which it wraps in pages of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return (text or type(error).__name__).splitlines()[0][:300]
 
 
 @contextlib.contextmanager

@@ -246,7 +246,7 @@ def last_written(folder: RunFolder) -> datetime | None:
     ]
     times = []
     for file in files:
-        with contextlib.suppress(FileNotFoundError):  # not yet written, or replaced while we look
+        with contextlib.suppress(OSError):  # not yet written, replaced while we look, or a link to nowhere
             times.append(file.stat().st_mtime)
     return datetime.fromtimestamp(max(times), UTC) if times else None
 

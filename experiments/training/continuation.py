@@ -107,8 +107,7 @@ def continued(state: Mapping[str, Any], before: RunConfig, trainer: Trainer, tri
         "config": flatten(trainer.config),
         "tried": tried,
         "step": step,
-        # The moments stay, the settings are the new ones.
-        "optimizer": {**old["optimizer"], "param_groups": own["optimizer"]["param_groups"]},
+        "optimizer": {**old["optimizer"], "param_groups": _groups(old["optimizer"], own["optimizer"])},
         "running": dataclasses.asdict(Running()),
     }
     if before.training.amp != trainer.config.training.amp:
@@ -119,6 +118,13 @@ def continued(state: Mapping[str, Any], before: RunConfig, trainer: Trainer, tri
         changed["sparsity"] = _scheduler(old["sparsity"], own["sparsity"], step, before, trainer.config)
     fresh: dict[str, Any] = {"history": [], "best": None, "seconds": 0.0, "seconds_since": 0.0, "images_since": 0}
     return {**state, **fresh, "metrics_size": 0, "metrics_line": {}, "trainer": {**old, **changed}}
+
+
+def _groups(old: Mapping[str, Any], own: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings are the new ones. What an optimizer counts beside them, as Lamb does its steps, stays as the moments
+    do."""
+    before = [*old["param_groups"], *[{}] * len(own["param_groups"])]
+    return [{**had, **group} for had, group in zip(before, own["param_groups"], strict=False)]
 
 
 def _scheduler(

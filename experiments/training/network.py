@@ -75,7 +75,7 @@ def create_network(config: RunConfig, data: Data, *, resuming: bool = False) -> 
         except ValueError:
             raise
         except Exception as error:  # of timm, of a download, of whatever an argument reaches
-            raise ValueError(f"{name} cannot be made with {arguments}: {error or type(error).__name__}") from error
+            raise ValueError(f"{name} cannot be made with {arguments}: {str(error) or type(error).__name__}") from error
     if config.selector is not None:
         try:
             flops.count(model)
@@ -118,7 +118,11 @@ def create_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.O
                 f"optimizer.momentum: 0 does not go with {config.name} ({error}); take momentum, which is SGD without "
                 "Nesterov's step, or a momentum above 0"
             ) from error
-        raise ConfigError(f"optimizer: {config.name} cannot be made: {error or type(error).__name__}") from error
+        raise ConfigError(f"optimizer: {config.name} cannot be made: {str(error) or type(error).__name__}") from error
+    if hasattr(optimizer, "set_hessian"):
+        raise ConfigError(
+            f"optimizer.name: {config.name} needs second derivatives, which no step here computes; take adamw"
+        )
     for key, value in extra.items():  # timm drops what an optimizer does not know
         if key not in optimizer.defaults:
             raise ConfigError(f"optimizer.{key}: {value!r} is given, but {config.name} has none; set it to null")

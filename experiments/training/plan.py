@@ -44,14 +44,19 @@ def create_plan(config: RunConfig, batches_per_epoch: int) -> Plan:
             f"training.accumulate: {training.accumulate} is more than the {batches_per_epoch} batches of an epoch"
         )
     total = training.steps if training.steps is not None else training.epochs * steps_per_epoch
-    warmup = round(config.schedule.warmup_epochs * steps_per_epoch)
+    warmup = _steps(config.schedule.warmup_epochs, steps_per_epoch)
     if warmup >= total:
         raise ConfigError(
             f"schedule.warmup_epochs: {config.schedule.warmup_epochs} ({warmup} steps) does not end before the run "
             f"({total} steps); less than {total / steps_per_epoch:g} works"
         )
-    eval_every = max(1, round(training.eval_every * steps_per_epoch))
+    eval_every = max(1, _steps(training.eval_every, steps_per_epoch))
     checkpoint_every = eval_every
     if training.checkpoint_every is not None:
-        checkpoint_every = max(1, round(training.checkpoint_every * steps_per_epoch))
+        checkpoint_every = max(1, _steps(training.checkpoint_every, steps_per_epoch))
     return Plan(steps_per_epoch, total, warmup, eval_every, checkpoint_every, training.accumulate)
+
+
+def _steps(epochs: float, steps_per_epoch: int) -> int:
+    """Steps of so many epochs, which may be more than any run has."""
+    return round(min(epochs * steps_per_epoch, 1e18))

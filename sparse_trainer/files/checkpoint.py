@@ -125,7 +125,13 @@ def save_sparse(
     if live_neurons is not None:
         info = replace(info, live_neurons={name: tuple(live) for name, live in live_neurons.items()})
     state = {}
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     for name, tensor in model.state_dict().items():
+        if "_orig_mod." in name:
+            raise ValueError(
+                f"{name}: torch.compile wraps this layer, so the file would have other names than the model; compile "
+                "layers in place, by layer.compile()"
+            )
         if not isinstance(tensor, Tensor) or tensor.is_complex():
             raise ValueError(f"{name}: only real tensors can be stored, found {type(tensor).__name__}")
         state[name] = tensor.detach().cpu()

@@ -21,6 +21,8 @@ __all__ = ["CheckpointError", "load_resume", "save_resume"]
 
 RESUME_FORMAT, RESUME_VERSION = "sparse-trainer-resume", 1
 _MAX_DEPTH = 64
+_DTYPES = {name: value for name in dir(torch) if isinstance(value := getattr(torch, name), torch.dtype)}
+"""Some optimizers keep the type of their moments among their settings."""
 
 #: JSON takes some thirty times its length when it is parsed.
 _MAX_STRUCTURE_BYTES = 32 << 20
@@ -87,6 +89,8 @@ def _encode(value: Any, tensors: dict[str, Tensor], place: str, depth: int) -> A
         return int(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"float": repr(float(value))}
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Mapping):
         return {
             "dict": [
@@ -102,7 +106,7 @@ def _encode(value: Any, tensors: dict[str, Tensor], place: str, depth: int) -> A
         return items if isinstance(value, list) else {"tuple": items}
     raise ValueError(
         f"{place}: a {type(value).__module__}.{type(value).__qualname__} cannot be stored; "
-        "use tensors, numbers, strings, None, and dicts, lists and tuples of them"
+        "use tensors, types of tensors, numbers, strings, None, and dicts, lists and tuples of them"
     )
 
 
@@ -116,6 +120,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[inner]
     if kind == "float" and isinstance(inner, str):
         return float(inner)
+    if kind == "dtype" and isinstance(inner, str) and inner in _DTYPES:
+        return _DTYPES[inner]
     if kind == "dict" and isinstance(inner, list):
         result = {_decode(key, tensors): _decode(item, tensors) for key, item in inner}
         if len(result) != len(inner):

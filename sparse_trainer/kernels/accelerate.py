@@ -86,6 +86,7 @@ def accelerate(
     """
     if kernels not in KERNELS:
         raise ValueError(f"kernels: {kernels!r} is not one of {', '.join(KERNELS)}")
+    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
     parameters = dict(model.named_parameters())
     odd = [name for name, mask in masks.items() if name not in parameters or parameters[name].shape != mask.shape]
     if odd:

@@ -404,6 +404,32 @@ def test_blocks_that_change_their_size_are_compiled_once_more(
     assert equal(*(dict(trainer.model.state_dict()) for trainer in (plain, fast)))
 
 
+@pytest.mark.parametrize(("distribution", "scored"), [("uniform", 10), ("global", 5)])
+def test_where_units_move_between_blocks_half_of_the_images_score_them(
+    distribution: str, scored: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = {"density": None, "head_density": 0.67, "neuron_density": 0.5, "unit_distribution": distribution}
+    trainer = make_trainer({"sparsity": units})
+    own, seen, batches = trainer.objective.probe, [], []
+
+    def probe(images: Tensor, targets: Tensor) -> Tensor:
+        seen.append((images, targets))
+        return own(images, targets)
+
+    def taken(images: Tensor, targets: Tensor, **options: Any) -> Any:
+        batches.append((images, targets))
+        return update_masks(images, targets, **options)
+
+    update_masks = trainer._update_masks
+    monkeypatch.setattr(trainer.objective, "probe", probe)
+    monkeypatch.setattr(trainer, "_update_masks", taken)
+    for _ in range(3):
+        trainer.train_step()
+    assert len(seen) == 1
+    every = 10 // scored
+    assert all(torch.equal(part, whole[::every]) for part, whole in zip(seen[0], batches[-1], strict=True))
+
+
 def test_data_that_fails_during_the_run_is_said_in_one_line() -> None:
     trainer = make_trainer()
 

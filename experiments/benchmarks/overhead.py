@@ -21,6 +21,7 @@ from experiments.benchmarks.setting import (
 )
 from experiments.benchmarks.timing import Figure, summarize, timed
 from experiments.evaluation.precision import precision_context
+from experiments.training.trainer import SCORED_WHERE_UNITS_MOVE
 from sparse_trainer import MaskUpdate, SparsityConfig, SparsityScheduler
 from sparse_trainer.flops import count
 from sparse_trainer.kernels.masking import mask_gradient, masking_library
@@ -128,9 +129,10 @@ def _reshaping_update(setting: Setting) -> Figure:
     images, targets = make_batch(setting)
     autocast = precision_context(setting.on, setting.amp)
 
-    def loss() -> Tensor:
+    def loss() -> Tensor:  # of the images that score units in `train`
         with autocast():
-            return F.cross_entropy(model(images).float(), targets)
+            scored = slice(None, None, SCORED_WHERE_UNITS_MOVE)
+            return F.cross_entropy(model(images[scored]).float(), targets[scored])
 
     step = training_step(model, setting, lambda: updates.append(scheduler.step(loss)), optimizer, sparsity=config)
     seconds = [timed(step, setting.on) for _ in range(EVERY * (RESHAPED + 1))]
@@ -139,7 +141,7 @@ def _reshaping_update(setting: Setting) -> Figure:
     usual = statistics.median(time for number, time in enumerate(seconds) if number >= 2 and number not in near)
     costs = [sum(seconds[number : number + 2]) - 2 * usual for number in changed]
     cost = statistics.median(costs) if costs else 0.0
-    ideal = probe / macs_of_passes(model, of_weights=True)
+    ideal = probe / SCORED_WHERE_UNITS_MOVE / macs_of_passes(model, of_weights=True)
     return Figure("update that moves heads and neurons", cost, "s", reference=usual, ratio=cost / usual, ideal=ideal)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""The stricter one where it is there; the parser of the command line takes it too."""
+STRICTER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""What it refuses, the parser of the command line refuses too; of what both do, the other names the line better."""
 
 
 def load(text: str) -> Any:
@@ -18,7 +18,8 @@ def load(text: str) -> Any:
         ValueError: a key stands twice, or a value holds itself; it names the key, and the lines.
         yaml.YAMLError: it is no YAML.
     """
-    value = yaml.load(text, Loader=LOADER)
+    value = yaml.safe_load(text)
+    yaml.load(text, Loader=STRICTER)
     twice = next(duplicates(text), None)
     if twice is not None:
         key, first, second = twice

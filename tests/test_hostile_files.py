@@ -346,6 +346,30 @@ def test_every_optimizer_knows_its_own_bundle(name: str, tmp_path: Path) -> None
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (in_trainer("optimizer", "param_groups", 0, "step", value=-1), "param_groups.0.step: expected .* found -1"),
+        (in_trainer("optimizer", "param_groups", 0, "step", value="x"), "param_groups.0.step: expected at most 20"),
+        (in_trainer("optimizer", "param_groups", 0, "steps", value=1), "param_groups.0: holds 'steps'"),
+        (in_trainer("optimizer", "param_groups", value=lambda groups: groups[:1]), "expected 2 groups of settings"),
+        (in_trainer("optimizer", "param_groups", value=None), "expected 2 groups of settings, found None"),
+        (in_trainer("optimizer", "state", 0, "exp_avg", value=lambda t: t.half()), "state.0.exp_avg: expected"),
+    ],
+)  # fmt: skip
+def test_counts_beside_the_settings_that_lie(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
+    lamb = {"optimizer": {"name": "lamb"}}
+    loop = start(tmp_path / "run", JOINT, lamb)
+    with pytest.raises(Stopped):
+        go_through(loop, StopAt, at=2)
+    path = loop.folder.bundles()[0]
+    state = load_resume(path)
+    change(state)
+    save_resume(path, state)
+    with pytest.raises(CheckpointError, match=message):
+        Loop(make_trainer(JOINT, lamb), loop.folder).resume()
+
+
 def test_the_untouched_bundle_goes_on(run: Path, tmp_path: Path) -> None:
     loop = start(tmp_path / "run", JOINT)
     shutil.copy(RunFolder(run).bundles()[0], loop.folder.checkpoints)

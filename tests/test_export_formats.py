@@ -24,7 +24,7 @@ from models import create_model
 from sparse_trainer import load_sparse
 from sparse_trainer.files.checkpoint import CheckpointError
 from tests.conftest import TINY
-from tests.test_export import DTYPES, TOP_K, images_of, logits, refused, run, save_random
+from tests.test_export import DTYPES, FOLDERS, TOP_K, images_of, logits, refused, run, save_random
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path / "sparse.safetensors"
 
 
+@FOLDERS
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -171,7 +172,24 @@ def test_the_onnx_check_sees_a_difference(
     assert line.endswith(f"by torch {torch.__version__}: no such operator")
 
 
-@pytest.mark.parametrize("format", ["dense", "csr", "sparse"])
+def test_a_timm_that_cannot_open_folders_is_told_so(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    own = timm.create_model
+
+    def fail(name: str, **options: Any) -> nn.Module:
+        if name.startswith("local-dir:"):
+            raise RuntimeError(f"invalid load key of {name}\nand more")
+        return own(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    line = refused(capsys, checkpoint, "--format=dense", "--output", tmp_path / "out")
+    assert line.endswith("folders with safetensors need timm 1.0.26 or newer: pip install 'timm>=1.0.26'")
+    assert f"timm {timm.__version__} cannot open it (invalid load key of local-dir:" in line
+    assert list(tmp_path.iterdir()) == [checkpoint]
+
+
+@pytest.mark.parametrize("format", [pytest.param("dense", marks=FOLDERS), "csr", "sparse"])
 def test_what_was_written_is_compared(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, format: str
 ) -> None:

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_trainer.units import BlockUnits, find_blocks
+from sparse_trainer.wrappers import unwrapped
 
 Number = TypeVar("Number", int, float, Tensor)
 
@@ -73,15 +74,16 @@ def model_macs(model: nn.Module, tokens: Tensor) -> Tensor:
     Returns:
         ``[B]``, patch embedding, classifier and scorers included.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     scored = _scored_patches(model, tokens.unbind(1))
     layers = count(model).layers
-    other = scored.keys() | _pooling(model, {}, 1.0).keys()
+    one, two = (_pooling(model, {}, float(n)) for n in (1, 2))
+    other = scored.keys() | one.keys()
     fixed = sum(layer.macs for name, layer in layers.items() if not name.startswith("blocks.") and name not in other)
     total = torch.full_like(tokens[:, 0], float(fixed))
-    if getattr(model, "attn_pool", None) is not None:
-        one, two = (sum(layer.macs for layer in _pooling(model, {}, float(n)).values()) for n in (1, 2))
-        total = total + one + (two - one) * (_pooled(model, tokens[:, -1]) - 1)
+    if one:
+        first, second = (sum(layer.macs for layer in layers.values()) for layers in (one, two))
+        total = total + first + (second - first) * (_pooled(model, tokens[:, -1]) - 1)
     for name, patches in scored.items():
         total = total + patches * layers[name].parameters
     for index, block in enumerate(find_blocks(model).values()):
@@ -119,7 +121,7 @@ def count(
         ValueError: if a module is not a ``VisionTransformer`` and there is no ``input_size``; ``tokens`` does not name
             one number per block; or a mask is of no parameter.
     """
-    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    model = unwrapped(model)
     masks = masks or {}
     unknown = masks.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
     if unknown:

@@ -20,7 +20,7 @@ from sparse_trainer.enforcement import Enforcement
 from sparse_trainer.following import Following
 from sparse_trainer.live_units import Swap
 from sparse_trainer.prunable import Standing, prunable_places, prunable_weights
-from sparse_trainer.report import MaskUpdate
+from sparse_trainer.report import LayerUpdate, MaskUpdate
 from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.unit_reshaping import nothing_else
 from sparse_trainer.unit_swaps import UnitSwaps
@@ -178,11 +178,11 @@ class MaskOwner:
                 )
                 fresh = self._units.fresh(swaps, self.masks)
         ranked = self._weights is None or self.config.grow == "random" or self._weights.growth.holds_gradient
-        layers = (
-            self._weights.update(drop_fraction, optimizers, self._averages(), fresh, self._at_most_all(live))
-            if self._weights
-            else {}
-        )
+        layers: dict[str, LayerUpdate] = {}
+        if self._weights:
+            with self._weights.naming_divergence():
+                most = self._at_most_all(live)
+                layers = self._weights.update(drop_fraction, optimizers, self._averages(), fresh, most)
         if not ranked:
             notes.append("no finite growth gradient was collected: the weight masks did not change")
         revived = self._enforcement.note()

@@ -29,6 +29,7 @@ from sparse_trainer.sparsity_config import SparsityConfig
 from sparse_trainer.taking_over import averages_of, take_over
 from sparse_trainer.unit_swaps import UnitSwaps
 from sparse_trainer.weight_masks import WeightMasks
+from sparse_trainer.wrappers import unwrapped
 
 __all__ = ["LiveNetwork", "SparsityScheduler", "prunable_weights"]
 
@@ -72,9 +73,7 @@ class SparsityScheduler(MaskOwner):
         closure: LossClosure | None = None,
         resume_from: SparsityScheduler | LiveNetwork | None = None,
     ) -> None:
-        model = getattr(model, "_orig_mod", model)
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
+        model = unwrapped(model)
         former = resume_from if isinstance(resume_from, SparsityScheduler) else None
         check_free(model, successor_of=former)
         given = resume_from.live_network if isinstance(resume_from, SparsityScheduler) else resume_from

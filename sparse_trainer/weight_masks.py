@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -289,6 +289,23 @@ class WeightMasks:
             if parameter.grad is not None and not self.growth.holds(name) and not arrived(name, parameter.grad):
                 self.growth.add(name, parameter.grad, None)
 
+    @contextlib.contextmanager
+    def naming_divergence(self) -> Iterator[None]:
+        """Around an update.
+
+        Raises:
+            FloatingPointError: weights are NaN or infinite, so that they could not be ranked.
+        """
+        try:
+            yield
+        except ValueError as error:
+            broken = [name for name, weight in self.parameters.items() if not bool(weight.isfinite().all())]
+            if not broken:
+                raise
+            raise FloatingPointError(
+                f"{broken[0]} holds NaN or infinity, so that its weights cannot be ranked: the training has diverged"
+            ) from error
+
     @torch.no_grad()
     def update(
         self,
@@ -305,28 +322,7 @@ class WeightMasks:
             ema: EMA copies of the weights by name; may be empty.
             frozen: bool masks by name of elements that this update must leave alone (units that just came).
             live: the budget from now on, where it falls.
-
-        Raises:
-            FloatingPointError: weights are NaN or infinite, so that they cannot be ranked.
         """
-        try:
-            return self._update(drop_fraction, optimizer, ema, frozen, live)
-        except ValueError as error:
-            broken = [name for name, weight in self.parameters.items() if not bool(weight.isfinite().all())]
-            if not broken:
-                raise
-            raise FloatingPointError(
-                f"{broken[0]} holds NaN or infinity, so that its weights cannot be ranked: the training has diverged"
-            ) from error
-
-    def _update(
-        self,
-        drop_fraction: float,
-        optimizer: Optimizers,
-        ema: Mapping[str, Tensor],
-        frozen: Mapping[str, Tensor],
-        live: int | None,
-    ) -> dict[str, LayerUpdate]:
         budget = self.target if live is None else live
         if self._reshaped or budget != self.target:
             self.allocation, self._reshaped = self.allocate(budget), False

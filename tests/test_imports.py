@@ -28,6 +28,7 @@ FLOORS = {
         "masks": 0,
         "budget": 0,
         "given_values": 0,
+        "wrappers": 0,
         "update_schedule": 1,
         "falling": 0,
         "units": 0,

@@ -50,6 +50,7 @@ from sparse_trainer.files.tensor_file import (
 )
 from sparse_trainer.kernels.accelerate import KERNELS, accelerate
 from sparse_trainer.masks import count_live
+from sparse_trainer.wrappers import unwrapped
 
 __all__ = [
     "CheckpointError",
@@ -125,8 +126,7 @@ def save_sparse(
     if live_neurons is not None:
         info = replace(info, live_neurons={name: tuple(live) for name, live in live_neurons.items()})
     state = {}
-    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in unwrapped(model).state_dict().items():
         if "_orig_mod." in name:
             raise ValueError(
                 f"{name}: torch.compile wraps this layer, so the file would have other names than the model; compile "

@@ -31,6 +31,7 @@ from sparse_trainer.kernels.layers import (
 )
 from sparse_trainer.kernels.library import KernelError, Library, load_library
 from sparse_trainer.kernels.packed import DTYPES, block_rows, pack
+from sparse_trainer.wrappers import unwrapped
 
 KERNELS = ("auto", "dense", "sparse")
 LEAST_GAIN = 1.03
@@ -86,7 +87,7 @@ def accelerate(
     """
     if kernels not in KERNELS:
         raise ValueError(f"kernels: {kernels!r} is not one of {', '.join(KERNELS)}")
-    model = getattr(model, "_orig_mod", model)  # of torch.compile(model)
+    model = unwrapped(model)
     parameters = dict(model.named_parameters())
     odd = [name for name, mask in masks.items() if name not in parameters or parameters[name].shape != mask.shape]
     if odd:
